@@ -1,0 +1,74 @@
+//! Dead letters: what could not be handled, with the reason, in headers that a person can read.
+use crate::event::Event;
+use crate::wire::{LANE, Message, REPLAYED};
+
+/// Why an event died. The words in `reason` are stable: filters, metrics and runbooks rest on them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
+    /// A word: `no-route`, `permanent`, `exhausted`, `crash`, or why it could not be read.
+    pub reason: &'static str,
+    /// A sentence for a person.
+    pub error: String,
+    /// Attempts made.
+    pub attempts: u32,
+    /// The handler, by its route's pattern; empty where none was asked.
+    pub handler: String,
+}
+
+/// Where and when it died.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scene {
+    /// The worker's id.
+    pub worker: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
+/// An error's text is cut here: it is a header, not a log.
+const ERROR_LIMIT: usize = 1024;
+
+/// All headers of a dead letter begin so.
+pub const PREFIX: &str = "warren-dead-";
+
+/// The dead letter of an event.
+#[must_use]
+pub fn of_event(event: &Event, replayed: u32, lane: &str, cause: &Cause, scene: &Scene, exchange: &str) -> Message {
+    let mut message = Message::write(event, exchange);
+    message.set(LANE, lane);
+    if replayed > 0 {
+        message.set(REPLAYED, replayed);
+    }
+    mark(&mut message, cause, scene);
+    message
+}
+
+/// The dead letter of a message that is no event: as it came, less what cannot be written back.
+#[must_use]
+pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: &str) -> Message {
+    message.strip();
+    message.exchange = exchange.into();
+    mark(&mut message, cause, scene);
+    message
+}
+
+/// The letter brought back to life: the message as it was, its replay counted.
+#[must_use]
+pub fn revive(mut letter: Message, exchange: &str) -> Message {
+    let replays = letter.number(REPLAYED).unwrap_or(0).saturating_add(1);
+    letter.strip();
+    letter.headers.retain(|(name, _)| !name.starts_with(PREFIX));
+    letter.set(REPLAYED, i64::try_from(replays).unwrap_or(i64::MAX));
+    letter.exchange = exchange.into();
+    letter
+}
+
+fn mark(message: &mut Message, cause: &Cause, scene: &Scene) {
+    let mut error = cause.error.clone();
+    error.truncate(error.floor_char_boundary(ERROR_LIMIT));
+    message.set("warren-dead-reason", cause.reason);
+    message.set("warren-dead-error", error);
+    message.set("warren-dead-attempts", cause.attempts);
+    message.set("warren-dead-handler", cause.handler.as_str());
+    message.set("warren-dead-worker", scene.worker.as_str());
+    message.set("warren-dead-at", scene.at.as_str());
+}

@@ -1,0 +1,380 @@
+//! `Event`: what travels. A CloudEvent 1.0 with its identity, its key and its lane.
+//!
+//! Source: CloudEvents 1.0.2 with the extensions `partitionkey`, `sequence` and `traceparent`. An `Event` that exists
+//! is valid: every attribute fits where AMQP must carry it, so nothing downstream checks again.
+use crate::json::{self, JsonError};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// How large and how deep an event may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a body.
+    pub body: usize,
+    /// Levels of nesting in JSON.
+    pub depth: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { body: 16 << 20, depth: 64 }
+    }
+}
+
+/// Why something is not an event. [`Unreadable::reason`] is the word that a dead letter carries.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// The body is not JSON where it must be.
+    #[error("the body is {0}")]
+    Json(#[from] JsonError),
+    /// The body's text is not UTF-8.
+    #[error("the body is not UTF-8: invalid byte at offset {0}")]
+    Utf8(usize),
+    /// The body is larger than the limit.
+    #[error("the body has {size} bytes, the limit is {limit}")]
+    TooLarge {
+        /// Its size.
+        size: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// A required attribute is missing.
+    #[error("the attribute '{0}' is missing")]
+    Missing(&'static str),
+    /// An attribute has a value that it cannot have.
+    #[error("the attribute '{name}' {problem}")]
+    Attribute {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Another version of CloudEvents.
+    #[error("specversion is '{0}', only '1.0' is understood")]
+    SpecVersion(String),
+    /// A form of CloudEvents that is not read.
+    #[error("the content type '{0}' is not read: send one event a message")]
+    Form(String),
+    /// A header is a table or list where a plain value must be.
+    #[error("the header '{0}' is nested or of a type that no attribute has")]
+    Header(String),
+}
+
+impl Unreadable {
+    /// The reason as a word: stable, for filters and metrics.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Json(JsonError::Utf8(_)) | Self::Utf8(_) => "bad-utf8",
+            Self::Json(JsonError::TooDeep(_)) => "too-deep",
+            Self::Json(JsonError::DuplicateKey { .. }) => "duplicate-key",
+            Self::Json(JsonError::Syntax { .. }) => "bad-json",
+            Self::TooLarge { .. } => "too-large",
+            Self::Missing(_) => "missing-attribute",
+            Self::Attribute { .. } => "bad-attribute",
+            Self::SpecVersion(_) => "bad-specversion",
+            Self::Form(_) => "bad-form",
+            Self::Header(_) => "bad-header",
+        }
+    }
+}
+
+/// The value of an extension attribute.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// `Boolean`.
+    Bool(bool),
+    /// `Integer`, and what AMQP's wider integers hold.
+    Int(i64),
+    /// `String` and everything written as one.
+    Text(String),
+}
+
+impl std::fmt::Display for Value {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bool(b) => write!(f, "{b}"),
+            Self::Int(i) => write!(f, "{i}"),
+            Self::Text(s) => f.write_str(s),
+        }
+    }
+}
+
+/// An event's payload.
+#[derive(Clone, Debug)]
+pub enum Data {
+    /// JSON, checked and left unparsed: most routes do not look inside.
+    Json(Box<RawValue>),
+    /// Text of a `text/*` type or of none.
+    Text(String),
+    /// Anything else.
+    Bytes(Vec<u8>),
+}
+
+impl Data {
+    /// The body as AMQP carries it.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Json(raw) => raw.get().as_bytes(),
+            Self::Text(text) => text.as_bytes(),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl PartialEq for Data {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes() == other.as_bytes()
+    }
+}
+
+/// What dedupe compares: `source` and `id`, hashed to 16 bytes (UUIDv5).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Identity(Uuid);
+
+const WARREN: Uuid = Uuid::from_u128(0x7761_7272_656e_5ca1_ab1e_0000_0000_0001);
+
+impl Identity {
+    /// The identity of the event with this source and id.
+    #[must_use]
+    pub fn of(source: &str, id: &str) -> Self {
+        Self(Uuid::new_v5(&WARREN, format!("{source}\0{id}").as_bytes()))
+    }
+
+    /// The 16 bytes that a store keeps.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+
+    /// An id that is the same whenever the same thing is derived from the same event.
+    #[must_use]
+    pub fn derive(&self, what: &str) -> String {
+        Uuid::new_v5(&self.0, what.as_bytes()).to_string()
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// An event that is valid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub(crate) id: String,
+    pub(crate) source: String,
+    pub(crate) kind: String,
+    pub(crate) subject: Option<String>,
+    pub(crate) time: Option<String>,
+    pub(crate) content_type: Option<String>,
+    pub(crate) schema: Option<String>,
+    pub(crate) extensions: BTreeMap<String, Value>,
+    pub(crate) data: Option<Data>,
+}
+
+/// AMQP short strings end here: ids, keys and types travel as such.
+const SHORT: usize = 255;
+/// Long enough for any URI, short enough for a header table.
+const LONG: usize = 4096;
+
+impl Event {
+    /// An event with the three attributes that identify and route it.
+    ///
+    /// # Errors
+    /// Names the attribute that is empty, too long or holds control characters.
+    pub fn new(id: impl Into<String>, source: impl Into<String>, kind: impl Into<String>) -> Result<Self, Unreadable> {
+        let (id, source, kind) = (id.into(), source.into(), kind.into());
+        text("id", &id, SHORT)?;
+        text("source", &source, LONG)?;
+        text("type", &kind, SHORT)?;
+        Ok(Self {
+            id,
+            source,
+            kind,
+            subject: None,
+            time: None,
+            content_type: None,
+            schema: None,
+            extensions: BTreeMap::new(),
+            data: None,
+        })
+    }
+
+    /// The same event with one more attribute, by its CloudEvents name.
+    ///
+    /// # Errors
+    /// Names the attribute and what is wrong with it.
+    pub fn with(mut self, name: &str, value: Value) -> Result<Self, Unreadable> {
+        self.set(name, value)?;
+        Ok(self)
+    }
+
+    /// The same event with JSON data.
+    ///
+    /// # Errors
+    /// Says where the text is not JSON.
+    pub fn with_json(mut self, json: &[u8], limits: Limits) -> Result<Self, Unreadable> {
+        self.data = Some(Data::Json(json::check(json, limits.depth)?));
+        self.content_type.get_or_insert_with(|| "application/json".into());
+        Ok(self)
+    }
+
+    pub(crate) fn set(&mut self, name: &str, value: Value) -> Result<(), Unreadable> {
+        let plain = |value: Value, max| {
+            let value = value.to_string();
+            text(name, &value, max).map(|()| value)
+        };
+        match name {
+            "id" | "source" | "type" | "specversion" | "data" | "data_base64" => {
+                return Err(attribute(name, "is not an extension"));
+            }
+            "subject" => self.subject = Some(plain(value, LONG)?),
+            "datacontenttype" => self.content_type = Some(plain(value, SHORT)?),
+            "dataschema" => self.schema = Some(plain(value, LONG)?),
+            "time" => {
+                let time = plain(value, SHORT)?;
+                if time.parse::<jiff::Timestamp>().is_err() {
+                    return Err(attribute(name, "is not an RFC 3339 time"));
+                }
+                self.time = Some(time);
+            }
+            "partitionkey" => {
+                let key = plain(value, SHORT)?;
+                self.extensions.insert(name.into(), Value::Text(key));
+            }
+            "priority" => match value.to_string().parse::<u8>() {
+                Ok(p) if p <= 9 => {
+                    self.extensions.insert(name.into(), Value::Int(p.into()));
+                }
+                _ => return Err(attribute(name, "is not a number from 0 to 9")),
+            },
+            _ => {
+                let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+                if name.is_empty() || name.len() > 64 || !name.chars().all(legal) {
+                    let name: String = name.chars().take(64).collect();
+                    return Err(attribute(&name, "has a name that is not of a-z and 0-9, at most 64"));
+                }
+                if let Value::Text(value) = &value
+                    && !value.is_empty()
+                {
+                    text(name, value, LONG)?;
+                }
+                self.extensions.insert(name.into(), value);
+            }
+        }
+        Ok(())
+    }
+
+    /// `id`.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// `source`.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// `type`, which is also the routing key.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    /// `subject`.
+    #[must_use]
+    pub fn subject(&self) -> Option<&str> {
+        self.subject.as_deref()
+    }
+
+    /// `time`, RFC 3339.
+    #[must_use]
+    pub fn time(&self) -> Option<&str> {
+        self.time.as_deref()
+    }
+
+    /// `datacontenttype`.
+    #[must_use]
+    pub fn content_type(&self) -> Option<&str> {
+        self.content_type.as_deref()
+    }
+
+    /// An extension attribute.
+    #[must_use]
+    pub fn extension(&self, name: &str) -> Option<&Value> {
+        self.extensions.get(name)
+    }
+
+    /// The payload.
+    #[must_use]
+    pub fn data(&self) -> Option<&Data> {
+        self.data.as_ref()
+    }
+
+    /// The payload as a value of a Rust type.
+    ///
+    /// # Errors
+    /// The payload is absent, not JSON, or of another shape.
+    pub fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, serde_json::Error> {
+        match &self.data {
+            Some(Data::Json(raw)) => serde_json::from_str(raw.get()),
+            Some(_) => Err(serde::de::Error::custom("the event's data is not JSON")),
+            None => serde_json::from_str("null"),
+        }
+    }
+
+    /// What dedupe compares.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        Identity::of(&self.source, &self.id)
+    }
+
+    /// What order is kept for: `partitionkey`, else `subject`, else `id`.
+    ///
+    /// A subject that no AMQP short string can hold stands for itself by its hash.
+    #[must_use]
+    pub fn key(&self) -> std::borrow::Cow<'_, str> {
+        if let Some(Value::Text(key)) = self.extensions.get("partitionkey") {
+            return key.into();
+        }
+        match self.subject.as_deref() {
+            Some(subject) if subject.len() <= SHORT => subject.into(),
+            Some(subject) => Uuid::new_v5(&WARREN, subject.as_bytes()).to_string().into(),
+            None => self.id.as_str().into(),
+        }
+    }
+
+    /// The lane that the `priority` extension (0 to 9) asks for.
+    #[must_use]
+    pub fn lane(&self) -> Option<&'static str> {
+        match self.extensions.get("priority") {
+            Some(Value::Int(p)) => Some(crate::lane::for_priority(*p)),
+            _ => None,
+        }
+    }
+}
+
+fn attribute(name: &str, problem: &str) -> Unreadable {
+    Unreadable::Attribute { name: name.into(), problem: problem.into() }
+}
+
+/// Neither empty, nor too long for its place, nor able to forge a log line.
+fn text(name: &str, value: &str, max: usize) -> Result<(), Unreadable> {
+    if value.is_empty() {
+        Err(attribute(name, "is empty"))
+    } else if value.len() > max {
+        Err(attribute(name, &format!("has {} bytes, the limit is {max}", value.len())))
+    } else if value.chars().any(char::is_control) {
+        Err(attribute(name, "holds control characters"))
+    } else {
+        Ok(())
+    }
+}

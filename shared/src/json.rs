@@ -1,0 +1,208 @@
+//! Strict JSON: what a payload must be before anything looks inside it.
+//!
+//! `serde_json` alone accepts duplicate keys (the last one wins, silently) and has one fixed depth.
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use std::collections::HashSet;
+use std::fmt;
+
+/// Why bytes are not a JSON text that Warren takes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JsonError {
+    /// Not UTF-8.
+    #[error("not UTF-8: invalid byte at offset {0}")]
+    Utf8(usize),
+    /// Nested deeper than the limit.
+    #[error("nested deeper than {0} levels")]
+    TooDeep(usize),
+    /// An object names a member twice, so readers would disagree on its value.
+    #[error("an object names a member twice (line {line}, column {column})")]
+    DuplicateKey {
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+    },
+    /// Not JSON by RFC 8259 (this includes `NaN` and `Infinity`).
+    #[error("not valid JSON at line {line}, column {column}")]
+    Syntax {
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+    },
+}
+
+/// serde_json gives up at 128 levels; a configured limit stays below it.
+pub const MAX_DEPTH: usize = 120;
+
+/// Checks the whole text and returns it unparsed.
+///
+/// # Errors
+/// Says what is wrong and where; never quotes the text, which may be a secret.
+pub fn check(bytes: &[u8], max_depth: usize) -> Result<Box<RawValue>, JsonError> {
+    let text = std::str::from_utf8(bytes).map_err(|e| JsonError::Utf8(e.valid_up_to()))?;
+    let max_depth = max_depth.min(MAX_DEPTH);
+    let mut parser = serde_json::Deserializer::from_str(text);
+    Strict { left: max_depth }
+        .deserialize(&mut parser)
+        .and_then(|()| parser.end())
+        .map_err(|e| explain(&e, max_depth))?;
+    RawValue::from_string(text.trim().to_owned()).map_err(|e| explain(&e, max_depth))
+}
+
+const DEEP: &str = "warren:too-deep";
+const TWICE: &str = "warren:duplicate-key";
+
+fn explain(error: &serde_json::Error, max_depth: usize) -> JsonError {
+    let (line, column) = (error.line(), error.column());
+    let message = error.to_string();
+    if message.starts_with(DEEP) || message.starts_with("recursion limit") {
+        JsonError::TooDeep(max_depth)
+    } else if message.starts_with(TWICE) {
+        JsonError::DuplicateKey { line, column }
+    } else {
+        JsonError::Syntax { line, column }
+    }
+}
+
+/// Walks a value without building it.
+#[derive(Clone, Copy)]
+struct Strict {
+    left: usize,
+}
+
+impl Strict {
+    fn inner<E: de::Error>(self) -> Result<Self, E> {
+        match self.left.checked_sub(1) {
+            Some(left) => Ok(Self { left }),
+            None => Err(E::custom(DEEP)),
+        }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Strict {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Strict {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let inner = self.inner()?;
+        while seq.next_element_seed(inner)?.is_some() {}
+        Ok(())
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let inner = self.inner()?;
+        // Few members: a scan beats a hash set. Many: the set keeps it linear.
+        let mut few: Vec<std::borrow::Cow<'de, str>> = Vec::new();
+        let mut many: HashSet<String> = HashSet::new();
+        while let Some(Name(name)) = map.next_key()? {
+            let fresh = if few.len() < 16 {
+                let fresh = !few.contains(&name);
+                few.push(name);
+                fresh
+            } else {
+                if many.is_empty() {
+                    many.extend(few.iter().map(|n| n.clone().into_owned()));
+                }
+                many.insert(name.into_owned())
+            };
+            if !fresh {
+                return Err(de::Error::custom(TWICE));
+            }
+            map.next_value_seed(inner)?;
+        }
+        Ok(())
+    }
+}
+
+/// A member's name, borrowed where it holds no escapes.
+struct Name<'a>(std::borrow::Cow<'a, str>);
+
+impl<'de> de::Deserialize<'de> for Name<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> Visitor<'de> for Read {
+            type Value = Name<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a member name")
+            }
+            fn visit_borrowed_str<E>(self, name: &'de str) -> Result<Name<'de>, E> {
+                Ok(Name(name.into()))
+            }
+            fn visit_str<E>(self, name: &str) -> Result<Name<'de>, E> {
+                Ok(Name(name.to_owned().into()))
+            }
+        }
+        deserializer.deserialize_str(Read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refuses(text: &[u8], want: fn(&JsonError) -> bool) {
+        let error = check(text, 64).expect_err("must be refused");
+        assert!(want(&error), "{error:?}");
+    }
+
+    #[test]
+    fn takes_what_the_rfc_takes_and_leaves_it_unparsed() {
+        let raw = check(b" {\"a\": [1, 2.50, null, \"x\"]} \n", 64).expect("valid");
+        assert_eq!(raw.get(), "{\"a\": [1, 2.50, null, \"x\"]}");
+    }
+
+    #[test]
+    fn refuses_what_readers_would_disagree_on() {
+        refuses(b"{\"a\":1,\"a\":2}", |e| matches!(e, JsonError::DuplicateKey { .. }));
+        refuses(b"{\"a\":1,\"\\u0061\":2}", |e| matches!(e, JsonError::DuplicateKey { .. }));
+        let mut wide: String = (0..40).map(|i| format!("\"k{i}\":1,")).collect();
+        wide = format!("{{{wide}\"k3\":2}}");
+        refuses(wide.as_bytes(), |e| matches!(e, JsonError::DuplicateKey { .. }));
+    }
+
+    #[test]
+    fn refuses_what_is_not_json() {
+        for text in ["{\"a\":NaN}", "{\"a\":Infinity}", "{\"a\":1", "", "{} {}", "{'a':1}", "01"] {
+            refuses(text.as_bytes(), |e| matches!(e, JsonError::Syntax { .. }));
+        }
+        refuses(b"{\"a\":\"\xff\"}", |e| matches!(e, JsonError::Utf8(6)));
+    }
+
+    #[test]
+    fn refuses_a_hundred_thousand_levels_without_using_the_stack() {
+        let deep = "[".repeat(100_000);
+        refuses(deep.as_bytes(), |e| matches!(e, JsonError::TooDeep(64)));
+        let ok = format!("{}1{}", "[".repeat(64), "]".repeat(64));
+        assert!(check(ok.as_bytes(), 64).is_ok());
+        let over = format!("{}1{}", "[".repeat(65), "]".repeat(65));
+        refuses(over.as_bytes(), |e| matches!(e, JsonError::TooDeep(64)));
+    }
+}

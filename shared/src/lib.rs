@@ -1,0 +1,23 @@
+//! What is true without I/O: the event schema, the topology as values, every decision.
+//!
+//! Architecture invariant: nothing here reads a clock, a socket, a file, the environment or a random number. Time,
+//! chance and configuration are arguments, so every law can be run through all of its states in a test.
+pub mod acks;
+pub mod dead;
+pub mod delivery;
+pub mod env;
+pub mod event;
+pub mod json;
+pub mod lane;
+pub mod pattern;
+pub mod retry;
+pub mod schedule;
+pub mod structured;
+pub mod topology;
+pub mod wire;
+
+#[cfg(test)]
+mod explore;
+
+pub use event::{Data, Event, Identity, Limits, Unreadable, Value};
+pub use wire::{Incoming, Message};

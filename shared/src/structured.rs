@@ -1,0 +1,205 @@
+//! An event as one JSON object: CloudEvents' structured form, the line that `send` reads, the line that `exec` writes.
+use crate::event::{Data, Event, Limits, Unreadable, Value};
+use crate::json;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+
+/// What a partial event (an `emit` of a handler) takes where it says nothing.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    /// `id`.
+    pub id: String,
+    /// `source`.
+    pub source: String,
+    /// `time`.
+    pub time: String,
+    /// `partitionkey`, unless the event brings one or a `subject`.
+    pub key: String,
+    /// `traceparent`.
+    pub trace: Option<String>,
+}
+
+type Members<'a> = BTreeMap<&'a str, &'a RawValue>;
+
+impl Event {
+    /// Reads a whole event from JSON.
+    ///
+    /// # Errors
+    /// Says why it is not an event.
+    pub fn from_json(text: &[u8], limits: Limits) -> Result<Self, Unreadable> {
+        let raw = checked(text, limits)?;
+        Self::read(&members(&raw)?, None)
+    }
+
+    /// Reads an event that may leave out everything but its `type`.
+    ///
+    /// # Errors
+    /// Says why it is not an event.
+    pub fn from_partial(text: &[u8], limits: Limits, defaults: Defaults) -> Result<Self, Unreadable> {
+        let raw = checked(text, limits)?;
+        Self::read(&members(&raw)?, Some(defaults))
+    }
+
+    fn read(members: &Members<'_>, defaults: Option<Defaults>) -> Result<Self, Unreadable> {
+        let partial = defaults.is_some();
+        match required(members, "specversion") {
+            Ok(version) if version == "1.0" => {}
+            Ok(other) => return Err(Unreadable::SpecVersion(other.chars().take(32).collect())),
+            Err(Unreadable::Missing(_)) if partial => {}
+            Err(error) => return Err(error),
+        }
+        let or = |name, default: Option<String>| match (required(members, name), default) {
+            (Err(Unreadable::Missing(_)), Some(default)) => Ok(default),
+            (found, _) => found,
+        };
+        let (id, source) = match &defaults {
+            Some(d) => (Some(d.id.clone()), Some(d.source.clone())),
+            None => (None, None),
+        };
+        let mut event = Self::new(or("id", id)?, or("source", source)?, required(members, "type")?)?;
+        for (name, raw) in members {
+            match *name {
+                "specversion" | "id" | "source" | "type" | "data" | "data_base64" => {}
+                _ => {
+                    if let Some(value) = scalar(name, raw)? {
+                        event.set(name, value)?;
+                    }
+                }
+            }
+        }
+        event.data = payload(members, event.content_type.as_deref())?;
+        if let Some(defaults) = defaults {
+            event.time.get_or_insert(defaults.time);
+            if event.subject.is_none() && event.extension("partitionkey").is_none() {
+                event.set("partitionkey", Value::Text(defaults.key))?;
+            }
+            if let (None, Some(trace)) = (event.extension("traceparent"), defaults.trace) {
+                event.set("traceparent", Value::Text(trace))?;
+            }
+        }
+        Ok(event)
+    }
+
+    /// The event as one JSON object on one line.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let mut out = String::with_capacity(256 + self.data.as_ref().map_or(0, |d| d.as_bytes().len()));
+        out.push_str("{\"specversion\":\"1.0\"");
+        let mut member = |name: &str, value: &Value| {
+            out.push_str(",\"");
+            out.push_str(name);
+            out.push_str("\":");
+            match value {
+                Value::Text(text) => out.push_str(&quoted(text)),
+                other => out.push_str(&other.to_string()),
+            }
+        };
+        let mut string = |name: &str, value: Option<&str>| {
+            if let Some(value) = value {
+                member(name, &Value::Text(value.into()));
+            }
+        };
+        string("id", Some(&self.id));
+        string("source", Some(&self.source));
+        string("type", Some(&self.kind));
+        string("subject", self.subject.as_deref());
+        string("time", self.time.as_deref());
+        string("datacontenttype", self.content_type.as_deref());
+        string("dataschema", self.schema.as_deref());
+        for (name, value) in &self.extensions {
+            member(name, value);
+        }
+        match &self.data {
+            None => {}
+            Some(Data::Json(raw)) => {
+                out.push_str(",\"data\":");
+                // Outside strings a line break is white space, inside them it cannot stand.
+                out.extend(raw.get().chars().map(|c| if matches!(c, '\n' | '\r') { ' ' } else { c }));
+            }
+            Some(Data::Text(text)) => {
+                out.push_str(",\"data\":");
+                out.push_str(&quoted(text));
+            }
+            Some(Data::Bytes(bytes)) => {
+                out.push_str(",\"data_base64\":\"");
+                BASE64.encode_string(bytes, &mut out);
+                out.push('"');
+            }
+        }
+        out.push('}');
+        out
+    }
+}
+
+fn checked(text: &[u8], limits: Limits) -> Result<Box<RawValue>, Unreadable> {
+    if text.len() > limits.body {
+        return Err(Unreadable::TooLarge { size: text.len(), limit: limits.body });
+    }
+    Ok(json::check(text, limits.depth)?)
+}
+
+fn members(raw: &RawValue) -> Result<Members<'_>, Unreadable> {
+    serde_json::from_str(raw.get()).map_err(|_| Unreadable::Attribute {
+        name: "event".into(),
+        problem: "is not a JSON object with plain member names".into(),
+    })
+}
+
+fn required(members: &Members<'_>, name: &'static str) -> Result<String, Unreadable> {
+    match members.get(name).map(|raw| scalar(name, raw)).transpose()?.flatten() {
+        None => Err(Unreadable::Missing(name)),
+        Some(Value::Text(text)) => Ok(text),
+        Some(_) => Err(Unreadable::Attribute { name: name.into(), problem: "is not a string".into() }),
+    }
+}
+
+/// An attribute's value; `null` is as good as absent.
+fn scalar(name: &str, raw: &RawValue) -> Result<Option<Value>, Unreadable> {
+    let wrong =
+        |problem: &str| Unreadable::Attribute { name: name.chars().take(64).collect(), problem: problem.into() };
+    match serde_json::from_str::<serde_json::Value>(raw.get()) {
+        Ok(serde_json::Value::Null) => Ok(None),
+        Ok(serde_json::Value::Bool(b)) => Ok(Some(Value::Bool(b))),
+        Ok(serde_json::Value::String(s)) => Ok(Some(Value::Text(s))),
+        Ok(serde_json::Value::Number(n)) => match n.as_i64() {
+            Some(int) => Ok(Some(Value::Int(int))),
+            None => Err(wrong("is not a whole number of 64 bits")),
+        },
+        _ => Err(wrong("is a list or an object, attributes are plain values")),
+    }
+}
+
+fn payload(members: &Members<'_>, content_type: Option<&str>) -> Result<Option<Data>, Unreadable> {
+    let data = members.get("data").filter(|raw| raw.get() != "null");
+    match (data, members.get("data_base64")) {
+        (Some(_), Some(_)) => Err(Unreadable::Attribute {
+            name: "data".into(),
+            problem: "stands beside 'data_base64', only one may".into(),
+        }),
+        (None, None) => Ok(None),
+        (Some(raw), None) => {
+            let is_json = content_type.is_none_or(is_json);
+            match serde_json::from_str::<String>(raw.get()) {
+                Ok(text) if !is_json => Ok(Some(Data::Text(text))),
+                _ => Ok(Some(Data::Json((*raw).to_owned()))),
+            }
+        }
+        (None, Some(raw)) => {
+            let wrong = || Unreadable::Attribute { name: "data_base64".into(), problem: "is not base64".into() };
+            let text: String = serde_json::from_str(raw.get()).map_err(|_| wrong())?;
+            Ok(Some(Data::Bytes(BASE64.decode(text).map_err(|_| wrong())?)))
+        }
+    }
+}
+
+/// Whether a media type means JSON.
+pub(crate) fn is_json(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || essence == "text/json" || essence.ends_with("+json")
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}

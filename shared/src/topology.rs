@@ -1,0 +1,373 @@
+//! The topology as values. The same value declares, checks and draws.
+use crate::lane::{Lanes, NORMAL};
+use crate::pattern::Pattern;
+use crate::retry::{LADDER, Step};
+use crate::wire::LANE;
+
+/// The bus: one topic exchange for all pools. Routing key = event type.
+pub const BUS: &str = "warren.events";
+
+/// How the partitions' queues are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueType {
+    /// Replicated; the default.
+    Quorum,
+    /// With `x-max-priority`, for upstream systems that set AMQP's own priority.
+    Classic,
+}
+
+/// Which order is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Events of one key in broker order: one active consumer a partition.
+    Key,
+    /// None: all workers compete on all partitions.
+    None,
+}
+
+/// Where a pool's events come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subscription {
+    /// The exchange; [`BUS`] or an upstream team's own topic exchange.
+    pub exchange: String,
+    /// Which routing keys.
+    pub pattern: Pattern,
+}
+
+/// The broker's side of one pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// The pool's name.
+    pub pool: String,
+    /// Its lanes.
+    pub lanes: Lanes,
+    /// Partitions a lane, fixed for the pool's life.
+    pub partitions: u16,
+    /// How partitions are kept.
+    pub queue_type: QueueType,
+    /// Which order is kept.
+    pub order: Order,
+    /// Where its events come from.
+    pub subscriptions: Vec<Subscription>,
+}
+
+/// An argument of a declaration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Argument {
+    /// A string.
+    Text(String),
+    /// A number.
+    Int(i64),
+    /// A flag.
+    Flag(bool),
+}
+
+/// Arguments by name.
+pub type Arguments = Vec<(&'static str, Argument)>;
+
+/// An exchange's kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// By pattern of the routing key.
+    Topic,
+    /// By headers.
+    Headers,
+    /// To all.
+    Fanout,
+    /// By hash of the key.
+    ConsistentHash,
+}
+
+impl Kind {
+    /// As AMQP names it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Topic => "topic",
+            Self::Headers => "headers",
+            Self::Fanout => "fanout",
+            Self::ConsistentHash => "x-consistent-hash",
+        }
+    }
+}
+
+/// One thing to declare. All are durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Declaration {
+    /// An exchange of ours.
+    Exchange {
+        /// Its name.
+        name: String,
+        /// Its kind.
+        kind: Kind,
+        /// Its arguments.
+        arguments: Arguments,
+    },
+    /// An exchange of somebody else: it must exist, and is left as it is.
+    Foreign {
+        /// Its name.
+        name: String,
+    },
+    /// A queue.
+    Queue {
+        /// Its name.
+        name: String,
+        /// Its arguments.
+        arguments: Arguments,
+    },
+    /// A binding.
+    Binding {
+        /// From this exchange.
+        source: String,
+        /// To this exchange or queue.
+        destination: Destination,
+        /// By this routing key.
+        key: String,
+        /// By these headers.
+        arguments: Arguments,
+    },
+}
+
+/// Where a binding leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// An exchange.
+    Exchange(String),
+    /// A queue.
+    Queue(String),
+}
+
+impl Destination {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Exchange(name) | Self::Queue(name) => name,
+        }
+    }
+}
+
+/// A net, not a policy: it counts every return, also those of a broker's restart (BROKER: until 4.2).
+const DELIVERY_LIMIT: i64 = 200;
+/// Where letters are only looked at, no number of looks may drop one.
+const NEVER: i64 = 1_000_000_000;
+
+impl Topology {
+    /// The pool's door: a headers exchange that sorts events into lanes.
+    #[must_use]
+    pub fn door(&self) -> String {
+        format!("warren.{}", self.pool)
+    }
+
+    /// The exchange that partitions a lane; its queues add `.p00` and so on.
+    #[must_use]
+    pub fn lane(&self, lane: &str) -> String {
+        format!("warren.{}.{lane}", self.pool)
+    }
+
+    /// A partition's queue. Zero-padded: the ring is rebuilt in the order of names.
+    #[must_use]
+    pub fn partition(&self, lane: &str, partition: u16) -> String {
+        format!("warren.{}.{lane}.p{partition:02}", self.pool)
+    }
+
+    /// A delay's exchange, which has the name of its queue.
+    #[must_use]
+    pub fn delay(&self, step: Step) -> String {
+        format!("warren.{}.delay.{}", self.pool, step.name)
+    }
+
+    /// Where dead letters go, exchange and queue.
+    #[must_use]
+    pub fn dead(&self) -> String {
+        format!("warren.{}.dead", self.pool)
+    }
+
+    /// The safety net, exchange and queue: must stay empty.
+    #[must_use]
+    pub fn unrouted(&self) -> String {
+        format!("warren.{}.unrouted", self.pool)
+    }
+
+    /// The bus alone: what a publisher needs.
+    #[must_use]
+    pub fn bus() -> Vec<Declaration> {
+        vec![exchange(BUS, Kind::Topic, vec![])]
+    }
+
+    /// Everything, in the order in which it must be declared.
+    #[must_use]
+    pub fn declarations(&self) -> Vec<Declaration> {
+        let mut all = Self::bus();
+        let net = |arguments: &mut Arguments, to: String| arguments.push(("alternate-exchange", Argument::Text(to)));
+
+        all.extend(sink(&self.unrouted()));
+        all.extend(sink(&self.dead()));
+        for lane in self.lanes.iter() {
+            let mut arguments = vec![("hash-property", Argument::Text("correlation_id".into()))];
+            net(&mut arguments, self.unrouted());
+            all.push(exchange(&self.lane(&lane.name), Kind::ConsistentHash, arguments));
+        }
+        let mut arguments = vec![];
+        net(&mut arguments, self.lane(NORMAL));
+        all.push(exchange(&self.door(), Kind::Headers, arguments));
+
+        for lane in self.lanes.iter() {
+            for partition in 0..self.partitions {
+                let name = self.partition(&lane.name, partition);
+                all.push(Declaration::Queue { name, arguments: self.partition_arguments() });
+            }
+        }
+        for step in LADDER {
+            let name = self.delay(step);
+            let ttl = i64::try_from(step.ttl.as_millis()).unwrap_or(i64::MAX);
+            let mut arguments = quorum(NEVER);
+            arguments.push(("x-message-ttl", Argument::Int(ttl)));
+            arguments.extend(dead_letter_to(&self.door()));
+            all.push(exchange(&name, Kind::Fanout, vec![]));
+            all.push(Declaration::Queue { name: name.clone(), arguments });
+            all.push(bind(&name, Destination::Queue(name.clone()), "", vec![]));
+        }
+
+        for lane in self.lanes.iter() {
+            // In ascending order and each once: the ring must be rebuilt alike after a restart.
+            for partition in 0..self.partitions {
+                let queue = self.partition(&lane.name, partition);
+                all.push(bind(&self.lane(&lane.name), Destination::Queue(queue), "1", vec![]));
+            }
+            let headers = vec![("x-match", Argument::Text("all".into())), (LANE, Argument::Text(lane.name.clone()))];
+            all.push(bind(&self.door(), Destination::Exchange(self.lane(&lane.name)), "", headers));
+        }
+        // Last: events flow in only when all that catches them is there.
+        for subscription in &self.subscriptions {
+            let Subscription { exchange, pattern } = subscription;
+            if exchange != BUS {
+                all.push(Declaration::Foreign { name: exchange.clone() });
+            }
+            all.push(bind(exchange, Destination::Exchange(self.door()), pattern.as_str(), vec![]));
+        }
+        all
+    }
+
+    fn partition_arguments(&self) -> Arguments {
+        let mut arguments = match self.queue_type {
+            QueueType::Quorum => {
+                let mut arguments = quorum(DELIVERY_LIMIT);
+                arguments.extend(dead_letter_to(&self.dead()));
+                arguments
+            }
+            QueueType::Classic => vec![
+                ("x-queue-type", Argument::Text("classic".into())),
+                ("x-max-priority", Argument::Int(10)),
+                ("x-dead-letter-exchange", Argument::Text(self.dead())),
+            ],
+        };
+        if self.order == Order::Key {
+            arguments.push(("x-single-active-consumer", Argument::Flag(true)));
+        }
+        arguments
+    }
+}
+
+/// An exchange and the queue behind it, of one name.
+fn sink(name: &str) -> [Declaration; 3] {
+    [
+        exchange(name, Kind::Fanout, vec![]),
+        Declaration::Queue { name: name.into(), arguments: quorum(NEVER) },
+        bind(name, Destination::Queue(name.into()), "", vec![]),
+    ]
+}
+
+fn exchange(name: &str, kind: Kind, arguments: Arguments) -> Declaration {
+    Declaration::Exchange { name: name.into(), kind, arguments }
+}
+
+fn bind(source: &str, destination: Destination, key: &str, arguments: Arguments) -> Declaration {
+    Declaration::Binding { source: source.into(), destination, key: key.into(), arguments }
+}
+
+fn quorum(limit: i64) -> Arguments {
+    vec![("x-queue-type", Argument::Text("quorum".into())), ("x-delivery-limit", Argument::Int(limit))]
+}
+
+/// At least once, which needs `reject-publish`. No routing key: the event keeps its own.
+fn dead_letter_to(exchange: &str) -> Arguments {
+    vec![
+        ("x-dead-letter-exchange", Argument::Text(exchange.into())),
+        ("x-dead-letter-strategy", Argument::Text("at-least-once".into())),
+        ("x-overflow", Argument::Text("reject-publish".into())),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn topology() -> Topology {
+        Topology {
+            pool: "orders".into(),
+            lanes: Lanes::parse("high:6,normal:3,low:1").expect("valid"),
+            partitions: 12,
+            queue_type: QueueType::Quorum,
+            order: Order::Key,
+            subscriptions: vec![Subscription {
+                exchange: "theirs".into(),
+                pattern: Pattern::parse("order.#").expect("valid"),
+            }],
+        }
+    }
+
+    #[test]
+    fn whatever_is_named_was_declared_before() {
+        let mut known = HashSet::new();
+        for declaration in topology().declarations() {
+            match declaration {
+                Declaration::Exchange { name, arguments, .. } => {
+                    for (_, value) in arguments {
+                        if let Argument::Text(text) = value
+                            && text.starts_with("warren.")
+                        {
+                            assert!(known.contains(&text), "{name} names {text}");
+                        }
+                    }
+                    assert!(known.insert(name));
+                }
+                Declaration::Foreign { name } => assert!(known.insert(name)),
+                Declaration::Queue { name, arguments } => {
+                    let dlx = arguments.iter().find(|(n, _)| *n == "x-dead-letter-exchange");
+                    if let Some((_, Argument::Text(exchange))) = dlx {
+                        assert!(known.contains(exchange), "{name} dead-letters into {exchange}");
+                    }
+                    assert!(arguments.iter().any(|(n, _)| *n == "x-queue-type"));
+                    assert!(!arguments.iter().any(|(n, _)| *n == "x-dead-letter-routing-key"));
+                    known.insert(name);
+                }
+                Declaration::Binding { source, destination, .. } => {
+                    assert!(known.contains(&source) && known.contains(destination.name()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn partitions_are_bound_once_each_in_ascending_order() {
+        let queues: Vec<String> = topology()
+            .declarations()
+            .into_iter()
+            .filter_map(|d| match d {
+                Declaration::Binding { source, destination: Destination::Queue(queue), key, .. }
+                    if source == "warren.orders.low" =>
+                {
+                    assert_eq!(key, "1");
+                    Some(queue)
+                }
+                _ => None,
+            })
+            .collect();
+        let mut sorted = queues.clone();
+        sorted.sort();
+        sorted.dedup();
+        assert_eq!((queues.len(), &queues), (12, &sorted));
+    }
+}

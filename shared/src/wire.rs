@@ -1,0 +1,299 @@
+//! The wire forms: an AMQP message as plain values, read as an event and written from one.
+//!
+//! Read: *binary* (attributes as headers), *structured* (the body is the whole event), *plain* (a message of a system
+//! that knows nothing of Warren). Written: binary. The AMQP library's own types stay in `publisher/src/codec.rs`.
+use crate::event::{Data, Event, Limits, Unreadable, Value};
+use crate::json;
+use crate::structured::is_json;
+
+/// A header's value, as far as an attribute can use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Header {
+    /// A value that an attribute can have.
+    Plain(Value),
+    /// A table or a list, this many levels deep: never an attribute, harmless while shallow.
+    Nested(usize),
+    /// Bytes that are not UTF-8, or a type that no attribute has.
+    Opaque,
+}
+
+/// An AMQP message as values.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Message {
+    /// The exchange it was, or is to be, published to.
+    pub exchange: String,
+    /// The routing key.
+    pub routing_key: String,
+    /// `content_type`.
+    pub content_type: Option<String>,
+    /// `message_id`.
+    pub message_id: Option<String>,
+    /// `correlation_id`: what the partition is chosen by.
+    pub correlation_id: Option<String>,
+    /// `app_id`.
+    pub app_id: Option<String>,
+    /// `type`.
+    pub kind: Option<String>,
+    /// `timestamp`, seconds since 1970.
+    pub timestamp: Option<u64>,
+    /// `priority`.
+    pub priority: Option<u8>,
+    /// Headers, in no order.
+    pub headers: Vec<(String, Header)>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// The attempt that this delivery is, counted from 1.
+pub const ATTEMPT: &str = "warren-attempt";
+/// Not before this time, in milliseconds since 1970.
+pub const DUE: &str = "warren-due";
+/// The lane it asks for.
+pub const LANE: &str = "warren-lane";
+/// How often it was replayed from the dead letters.
+pub const REPLAYED: &str = "warren-replayed";
+
+/// An event as it arrived: what travels beside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Incoming {
+    /// The event.
+    pub event: Event,
+    /// Whether it can be told from its copies.
+    pub identified: Identified,
+    /// The attempt that this is, counted from 1.
+    pub attempt: u32,
+    /// Not before this time, in milliseconds since 1970.
+    pub due: Option<i64>,
+    /// How often it was replayed from the dead letters.
+    pub replayed: u32,
+    /// Its AMQP priority.
+    pub priority: u8,
+}
+
+/// Whether an event can be told from its copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identified {
+    /// It brought its id.
+    ByItself,
+    /// It had none and got one on arrival: a redelivery will get another.
+    OnArrival,
+}
+
+impl Message {
+    /// The plain value of a header.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&Value> {
+        self.headers.iter().find_map(|(n, header)| match header {
+            Header::Plain(value) if n == name => Some(value),
+            _ => None,
+        })
+    }
+
+    /// A header that holds a whole number, not negative.
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<u64> {
+        match self.header(name)? {
+            Value::Int(i) => u64::try_from(*i).ok(),
+            other => other.to_string().parse().ok(),
+        }
+    }
+
+    /// Sets a header, replacing one of the same name.
+    pub fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.headers.retain(|(n, _)| n != name);
+        self.headers.push((name.into(), Header::Plain(value.into())));
+    }
+
+    /// Drops what must not travel again: the broker's own marks and what cannot be written back.
+    pub fn strip(&mut self) {
+        const MARKS: [&str; 5] = ["x-death", "x-first-death", "x-last-death", "x-delivery-count", "x-acquired-count"];
+        self.headers.retain(|(name, header)| {
+            matches!(header, Header::Plain(_)) && !MARKS.iter().any(|mark| name.starts_with(mark))
+        });
+    }
+
+    /// Reads the event in it. `fresh_id` is asked only where the message brings no id.
+    ///
+    /// # Errors
+    /// Says why no event can be read from it.
+    pub fn read(&self, limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Incoming, Unreadable> {
+        if self.body.len() > limits.body {
+            return Err(Unreadable::TooLarge { size: self.body.len(), limit: limits.body });
+        }
+        let deep = |(_, header): &&(String, Header)| matches!(header, Header::Nested(depth) if *depth > limits.depth);
+        if let Some((name, _)) = self.headers.iter().find(deep) {
+            return Err(Unreadable::Header(name.chars().take(64).collect()));
+        }
+        let content_type = self.content_type.as_deref().unwrap_or_default().to_ascii_lowercase();
+        let mut identified = Identified::ByItself;
+        let event = if content_type.starts_with("application/cloudevents-batch") {
+            return Err(Unreadable::Form(content_type));
+        } else if content_type.starts_with("application/cloudevents") {
+            if !is_json(&content_type) {
+                return Err(Unreadable::Form(content_type));
+            }
+            Event::from_json(&self.body, limits)?
+        } else if self.headers.iter().any(|(name, _)| attribute_name(name).is_some()) {
+            self.read_binary(limits)?
+        } else {
+            if self.message_id.as_deref().unwrap_or_default().is_empty() {
+                identified = Identified::OnArrival;
+            }
+            self.read_plain(limits, fresh_id)?
+        };
+        let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
+        Ok(Incoming {
+            event,
+            identified,
+            attempt: small(ATTEMPT).unwrap_or(1).max(1),
+            due: self.number(DUE).and_then(|ms| i64::try_from(ms).ok()),
+            replayed: small(REPLAYED).unwrap_or(0),
+            priority: self.priority.unwrap_or(0),
+        })
+    }
+
+    fn read_binary(&self, limits: Limits) -> Result<Event, Unreadable> {
+        let mut found = std::collections::BTreeMap::new();
+        for (name, header) in &self.headers {
+            let Some(attribute) = attribute_name(name) else { continue };
+            let Header::Plain(value) = header else {
+                return Err(Unreadable::Header(name.chars().take(64).collect()));
+            };
+            found.insert(attribute, value);
+        }
+        let mut required = |name: &'static str| match found.remove(name) {
+            Some(Value::Text(text)) => Ok(text.clone()),
+            Some(_) => Err(Unreadable::Attribute { name: name.into(), problem: "is not a string".into() }),
+            None => Err(Unreadable::Missing(name)),
+        };
+        let version = required("specversion")?;
+        if version != "1.0" {
+            return Err(Unreadable::SpecVersion(version.chars().take(32).collect()));
+        }
+        let mut event = Event::new(required("id")?, required("source")?, required("type")?)?;
+        if let Some(content_type) = &self.content_type {
+            event.set("datacontenttype", Value::Text(content_type.clone()))?;
+        }
+        for (name, value) in found {
+            event.set(name, value.clone())?;
+        }
+        event.data = self.payload(limits)?;
+        Ok(event)
+    }
+
+    fn read_plain(&self, limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
+        let given = |property: &Option<String>| property.clone().filter(|text| !text.is_empty());
+        let id = given(&self.message_id).unwrap_or_else(fresh_id);
+        let source = given(&self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
+            "" => "/amqp".into(),
+            exchange => format!("/amqp/{exchange}"),
+        });
+        let kind = given(&self.kind).unwrap_or_else(|| self.routing_key.clone());
+        let mut event = Event::new(id, source, kind)?;
+        if let Some(time) = self.timestamp.and_then(|s| jiff::Timestamp::from_second(s.try_into().ok()?).ok()) {
+            event.time = Some(time.to_string());
+        }
+        if let Some(key) = given(&self.correlation_id) {
+            event.set("partitionkey", Value::Text(key))?;
+        }
+        if let Some(content_type) = given(&self.content_type) {
+            event.set("datacontenttype", Value::Text(content_type))?;
+        }
+        for (name, header) in &self.headers {
+            if let Header::Plain(value) = header
+                && event.extension(name).is_none()
+                && !["subject", "time", "datacontenttype", "dataschema"].contains(&name.as_str())
+            {
+                // A header whose name or value no attribute can have stays behind: it was not meant for us.
+                let _ = event.set(name, value.clone());
+            }
+        }
+        event.data = self.payload(limits)?;
+        Ok(event)
+    }
+
+    /// The body by its type. Without one, what starts like a JSON object, list or string must be JSON.
+    fn payload(&self, limits: Limits) -> Result<Option<Data>, Unreadable> {
+        let body = self.body.as_slice();
+        if body.is_empty() {
+            return Ok(None);
+        }
+        let content_type = self.content_type.as_deref().unwrap_or_default();
+        let utf8 = || std::str::from_utf8(body).map(str::to_owned);
+        Ok(Some(if content_type.is_empty() {
+            match (body.trim_ascii_start().first(), json::check(body, limits.depth)) {
+                (_, Ok(raw)) => Data::Json(raw),
+                (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
+                _ => utf8().map_or_else(|_| Data::Bytes(body.to_vec()), Data::Text),
+            }
+        } else if is_json(content_type) {
+            Data::Json(json::check(body, limits.depth)?)
+        } else if content_type.to_ascii_lowercase().starts_with("text/") {
+            Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?)
+        } else {
+            Data::Bytes(body.to_vec())
+        }))
+    }
+
+    /// The event in binary form, for this exchange. Its key is what the partition is chosen by.
+    #[must_use]
+    pub fn write(event: &Event, exchange: &str) -> Self {
+        let mut headers = Vec::with_capacity(6 + event.extensions.len());
+        let mut put = |name: &str, value: Value| headers.push((format!("cloudEvents_{name}"), Header::Plain(value)));
+        put("specversion", Value::Text("1.0".into()));
+        put("id", Value::Text(event.id.clone()));
+        put("source", Value::Text(event.source.clone()));
+        put("type", Value::Text(event.kind.clone()));
+        for (name, value) in [("subject", &event.subject), ("time", &event.time), ("dataschema", &event.schema)] {
+            if let Some(value) = value {
+                put(name, Value::Text(value.clone()));
+            }
+        }
+        for (name, value) in &event.extensions {
+            put(name, value.clone());
+        }
+        let time = event.time.as_deref().and_then(|t| t.parse::<jiff::Timestamp>().ok());
+        Self {
+            exchange: exchange.into(),
+            routing_key: event.kind.clone(),
+            content_type: event.content_type.clone(),
+            message_id: Some(event.id.clone()),
+            correlation_id: Some(event.key().into_owned()),
+            app_id: None,
+            kind: Some(event.kind.clone()),
+            timestamp: time.and_then(|t| t.as_second().try_into().ok()),
+            priority: None,
+            headers,
+            body: event.data.as_ref().map(|d| d.as_bytes().to_vec()).unwrap_or_default(),
+        }
+    }
+}
+
+/// `cloudEvents_<name>` or, as AMQP 1.0 SDKs write it, `cloudEvents:<name>`.
+fn attribute_name(header: &str) -> Option<&str> {
+    header.strip_prefix("cloudEvents_").or_else(|| header.strip_prefix("cloudEvents:"))
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(text.into())
+    }
+}
+
+impl From<String> for Value {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<i64> for Value {
+    fn from(int: i64) -> Self {
+        Self::Int(int)
+    }
+}
+
+impl From<u32> for Value {
+    fn from(int: u32) -> Self {
+        Self::Int(int.into())
+    }
+}
