@@ -1,1 +1,13 @@
-//! tmp
+//! AMQP out: connect, declare, publish with confirms.
+//!
+//! Architecture invariant: the AMQP library's types stay in `broker`, `declare`, `codec` and `publish`.
+pub mod broker;
+pub mod codec;
+pub mod declare;
+pub mod lines;
+pub mod process;
+pub mod publish;
+pub mod send;
+
+pub use broker::{Broker, BrokerError, Link};
+pub use publish::{Confirmed, Publisher, Refused};

@@ -1,1 +1,420 @@
+//! The environment: one table of variables makes the parser, `--help` and the README's section.
+//!
+//! The process' environment comes in as a map (reading it is I/O). Every mistake is reported at once, by variable
+//! name; the value of a secret is never part of a message.
+use crate::event::Limits;
+use crate::lane::Lanes;
+use crate::pattern::Pattern;
+use crate::topology::{BUS, Order, QueueType, Subscription};
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::net::SocketAddr;
+use std::time::Duration;
 
+/// One variable: a row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// What holds where it is not set; empty = nothing.
+    pub default: &'static str,
+    /// What it does, in a line.
+    pub help: &'static str,
+    /// Who reads it.
+    pub of: Reader,
+}
+
+/// Who reads a variable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Publisher and worker.
+    Both,
+    /// The worker alone.
+    Worker,
+}
+
+const fn both(name: &'static str, default: &'static str, help: &'static str) -> Variable {
+    Variable { name, default, help, of: Reader::Both }
+}
+
+const fn worker(name: &'static str, default: &'static str, help: &'static str) -> Variable {
+    Variable { name, default, help, of: Reader::Worker }
+}
+
+/// All variables. What is not here does not exist.
+#[rustfmt::skip]
+pub const VARIABLES: &[Variable] = &[
+    both("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f", "the broker, amqps:// for TLS (secret; or AMQP_URL_FILE)"),
+    both("RUST_LOG", "info", "what is logged: error, warn, info, debug, trace, or per target"),
+    both("WARREN_LOG_FORMAT", "text", "text or json"),
+    both("WARREN_CONNECT_TIMEOUT", "10s", "how long to try to reach the broker at the start; later it is tried for ever"),
+    both("WARREN_PUBLISH_TIMEOUT", "30s", "after this a publish without confirm is repeated with the same id"),
+    both("WARREN_BODY_LIMIT", "16777216", "largest body in bytes; larger ones are refused or dead-lettered"),
+    both("WARREN_JSON_DEPTH", "64", "deepest JSON, 1 to 120 levels"),
+    worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file (secret; or DATABASE_URL_FILE)"),
+    worker("WARREN_POOL", "default", "the pool of workers; part of every queue's name"),
+    worker("WARREN_CONFIG", "", "YAML file with the routes"),
+    worker("WARREN_ROUTES", "", "the same YAML inline; only one of the two may be set"),
+    worker("WARREN_SUBSCRIBE", "", "more events than the routes name: pattern or exchange:pattern, by comma (orders-exchange:order.#)"),
+    worker("WARREN_PARTITIONS", "16", "partitions a lane, 1 to 100; fixed for a pool's life"),
+    worker("WARREN_LANES", "high:6,normal:3,low:1", "lanes and their weights"),
+    worker("WARREN_ORDER", "key", "key: events of one key in order; none: all workers compete on all partitions"),
+    worker("WARREN_QUEUE_TYPE", "quorum", "quorum, or classic with x-max-priority for upstream systems that set it"),
+    worker("WARREN_CONCURRENCY", "64", "handlers that run at once"),
+    worker("WARREN_PREFETCH", "200", "unacked events a partition"),
+    worker("WARREN_CRASH_LIMIT", "3", "deaths of the process after which a redelivered event is dead-lettered, at least 2"),
+    worker("WARREN_DECLARE", "auto", "auto: declare the topology at the start; never: only check that it is there"),
+    worker("WARREN_DRAIN_TIMEOUT", "25s", "how long running handlers may finish after SIGTERM"),
+    worker("WARREN_CONSUMER_TIMEOUT", "30m", "the broker's consumer_timeout; a route that could hold a delivery longer is refused"),
+    worker("WARREN_RETENTION", "7d", "how long the store knows an event's id"),
+    worker("WARREN_ADMIN_ADDR", "", "where /livez, /readyz and /metrics are served, such as 0.0.0.0:9090; empty: nowhere"),
+    worker("WARREN_WORKER_ID", "", "the worker's name in logs and dead letters; empty: host name and pid"),
+];
+
+/// The part of `--help` that lists the variables.
+#[must_use]
+pub fn help(reader: Reader) -> String {
+    let mut text = String::from("Environment:\n");
+    for v in VARIABLES.iter().filter(|v| reader == Reader::Worker || v.of == Reader::Both) {
+        let default = if v.default.is_empty() { String::new() } else { format!(" [{}]", v.default) };
+        let _ = writeln!(text, "  {:<24} {}{default}", v.name, v.help);
+    }
+    text
+}
+
+/// The table as the README shows it.
+#[must_use]
+pub fn markdown() -> String {
+    let mut text = String::from("| variable | default | what it does | read by |\n|---|---|---|---|\n");
+    for v in VARIABLES {
+        let default = if v.default.is_empty() { String::new() } else { format!("`{}`", v.default) };
+        let of = if v.of == Reader::Both { "both" } else { "worker" };
+        let _ = writeln!(text, "| `{}` | {default} | {} | {of} |", v.name, v.help);
+    }
+    text
+}
+
+/// A mistake in one variable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The variable.
+    pub variable: String,
+    /// What is wrong, and what to write instead.
+    pub problem: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.variable, self.problem)
+    }
+}
+
+/// A value that no log shows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Hides a value.
+    #[must_use]
+    pub fn new(value: impl Into<String>) -> Self {
+        Self(value.into())
+    }
+
+    /// The value, for the one place that needs it.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// Where the worker keeps its records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// A file, shared by the processes of one machine.
+    Sqlite(String),
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For a person.
+    Text,
+    /// For a machine.
+    Json,
+}
+
+/// Whether the worker declares the topology.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Declare {
+    /// At its start.
+    Auto,
+    /// Never; it checks that all is there.
+    Never,
+}
+
+/// The configuration, complete and valid. The fields are [`VARIABLES`]; their units are in the types.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each field is the variable of its name, documented in the table")]
+pub struct Settings {
+    pub amqp_url: Secret,
+    pub rust_log: String,
+    pub log_format: LogFormat,
+    pub connect_timeout: Duration,
+    pub publish_timeout: Duration,
+    pub limits: Limits,
+    pub database: Database,
+    pub pool: String,
+    pub config: Option<String>,
+    pub routes: Option<String>,
+    pub subscribe: Vec<Subscription>,
+    pub partitions: u16,
+    pub lanes: Lanes,
+    pub order: Order,
+    pub queue_type: QueueType,
+    pub concurrency: usize,
+    pub prefetch: u16,
+    pub crash_limit: u32,
+    pub declare: Declare,
+    pub drain_timeout: Duration,
+    pub consumer_timeout: Duration,
+    pub retention: Duration,
+    pub admin_addr: Option<SocketAddr>,
+    pub worker_id: Option<String>,
+}
+
+impl Settings {
+    /// Reads the variables.
+    ///
+    /// # Errors
+    /// Every mistake, in the order of the table.
+    pub fn read(environment: &BTreeMap<String, String>) -> Result<Self, Vec<Mistake>> {
+        let mut read = Read { environment, mistakes: Vec::new() };
+        let settings = read.settings();
+        match settings {
+            Some(settings) if read.mistakes.is_empty() => Ok(settings),
+            _ => Err(read.mistakes),
+        }
+    }
+}
+
+/// Names that look like ours and are not: a typo would otherwise be a default that nobody chose.
+#[must_use]
+pub fn unknown(environment: &BTreeMap<String, String>) -> Vec<&str> {
+    let known = |name: &str| VARIABLES.iter().any(|v| v.name == name);
+    environment.keys().map(String::as_str).filter(|name| name.starts_with("WARREN_") && !known(name)).collect()
+}
+
+struct Read<'a> {
+    environment: &'a BTreeMap<String, String>,
+    mistakes: Vec<Mistake>,
+}
+
+impl Read<'_> {
+    fn settings(&mut self) -> Option<Settings> {
+        // All are read before the first `?`, so that every mistake is seen.
+        let amqp_url = self.get("AMQP_URL", |v| match v {
+            v if v.starts_with("amqp://") || v.starts_with("amqps://") => Ok(Secret::new(v)),
+            _ => Err("is not a URL of the form amqp://user:password@host:port/vhost".into()),
+        });
+        let rust_log = self.get("RUST_LOG", |v| Ok(v.to_owned()));
+        let log_format =
+            self.get("WARREN_LOG_FORMAT", |v| choice(v, [("text", LogFormat::Text), ("json", LogFormat::Json)]));
+        let connect_timeout = self.get("WARREN_CONNECT_TIMEOUT", duration);
+        let publish_timeout = self.get("WARREN_PUBLISH_TIMEOUT", duration);
+        let body = self.get("WARREN_BODY_LIMIT", |v| number(v, 1, 512 << 20));
+        let depth = self.get("WARREN_JSON_DEPTH", |v| number(v, 1, crate::json::MAX_DEPTH));
+        let database = self.get("DATABASE_URL", database);
+        let pool = self.get("WARREN_POOL", pool);
+        let config = self.optional("WARREN_CONFIG");
+        let routes = self.optional("WARREN_ROUTES");
+        if config.is_some() && routes.is_some() {
+            self.mistake("WARREN_ROUTES", "is set beside WARREN_CONFIG: set only one of the two");
+        }
+        let subscribe = self.get("WARREN_SUBSCRIBE", subscriptions);
+        let partitions = self.get("WARREN_PARTITIONS", |v| number(v, 1_u16, 100));
+        let lanes = self.get("WARREN_LANES", Lanes::parse);
+        let order = self.get("WARREN_ORDER", |v| choice(v, [("key", Order::Key), ("none", Order::None)]));
+        let queue_type = self
+            .get("WARREN_QUEUE_TYPE", |v| choice(v, [("quorum", QueueType::Quorum), ("classic", QueueType::Classic)]));
+        let concurrency = self.get("WARREN_CONCURRENCY", |v| number(v, 1_usize, 10_000));
+        let prefetch = self.get("WARREN_PREFETCH", |v| number(v, 1_u16, 2000));
+        let crash_limit = self.get("WARREN_CRASH_LIMIT", |v| number(v, 2_u32, 100));
+        let declare = self.get("WARREN_DECLARE", |v| choice(v, [("auto", Declare::Auto), ("never", Declare::Never)]));
+        let drain_timeout = self.get("WARREN_DRAIN_TIMEOUT", duration);
+        let consumer_timeout = self.get("WARREN_CONSUMER_TIMEOUT", duration);
+        let retention = self.get("WARREN_RETENTION", duration);
+        let admin_addr = match self.optional("WARREN_ADMIN_ADDR") {
+            None => Some(None),
+            Some(_) => {
+                self.get("WARREN_ADMIN_ADDR", |v| v.parse().map_err(|_| format!("'{v}' is not address:port"))).map(Some)
+            }
+        };
+        let worker_id = self.optional("WARREN_WORKER_ID");
+        Some(Settings {
+            amqp_url: amqp_url?,
+            rust_log: rust_log?,
+            log_format: log_format?,
+            connect_timeout: connect_timeout?,
+            publish_timeout: publish_timeout?,
+            limits: Limits { body: body?, depth: depth? },
+            database: database?,
+            pool: pool?,
+            config,
+            routes,
+            subscribe: subscribe?,
+            partitions: partitions?,
+            lanes: lanes?,
+            order: order?,
+            queue_type: queue_type?,
+            concurrency: concurrency?,
+            prefetch: prefetch?,
+            crash_limit: crash_limit?,
+            declare: declare?,
+            drain_timeout: drain_timeout?,
+            consumer_timeout: consumer_timeout?,
+            retention: retention?,
+            admin_addr: admin_addr?,
+            worker_id,
+        })
+    }
+
+    fn get<T>(&mut self, name: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        let default = VARIABLES.iter().find(|v| v.name == name).map_or("", |v| v.default);
+        let value = self.environment.get(name).filter(|v| !v.is_empty()).map_or(default, String::as_str);
+        parse(value).map_err(|problem| self.mistake(name, &problem)).ok()
+    }
+
+    fn optional(&self, name: &str) -> Option<String> {
+        self.environment.get(name).filter(|value| !value.is_empty()).cloned()
+    }
+
+    fn mistake(&mut self, name: &str, problem: &str) {
+        self.mistakes.push(Mistake { variable: name.into(), problem: problem.into() });
+    }
+}
+
+fn choice<T: Copy, const N: usize>(value: &str, options: [(&str, T); N]) -> Result<T, String> {
+    match options.iter().find(|(name, _)| *name == value) {
+        Some((_, found)) => Ok(*found),
+        None => Err(format!("'{value}' is not one of: {}", options.map(|(name, _)| name).join(", "))),
+    }
+}
+
+fn number<T: std::str::FromStr + PartialOrd + fmt::Display>(value: &str, min: T, max: T) -> Result<T, String> {
+    match value.parse() {
+        Ok(n) if n >= min && n <= max => Ok(n),
+        _ => Err(format!("'{value}' is not a number from {min} to {max}")),
+    }
+}
+
+/// Reads a duration such as `250ms`, `10s`, `5m`, `1h30m` or `7d`: longer than zero, at most a year.
+///
+/// # Errors
+/// Says how a duration is written.
+pub fn duration(value: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{value}' is not a duration such as 250ms, 10s, 5m, 1h or 7d");
+    // jiff knows no days in absolute time: a day here is 24 hours.
+    let parsed = match value.strip_suffix('d').map(str::parse::<u32>) {
+        Some(Ok(days)) => Duration::from_secs(u64::from(days) * 86_400),
+        _ => Duration::try_from(value.parse::<jiff::SignedDuration>().map_err(|_| wrong())?).map_err(|_| wrong())?,
+    };
+    if parsed.is_zero() || parsed > Duration::from_secs(366 * 86_400) { Err(wrong()) } else { Ok(parsed) }
+}
+
+fn database(value: &str) -> Result<Database, String> {
+    match value.strip_prefix("sqlite://") {
+        Some(path) if !path.is_empty() => Ok(Database::Sqlite(path.into())),
+        _ if value.starts_with("postgres") => {
+            Err("names PostgreSQL, which this version does not speak yet: use sqlite:///path/to/file".into())
+        }
+        _ => Err("is not of the form sqlite:///path/to/file".into()),
+    }
+}
+
+fn pool(value: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if value.len() <= 64 && value.chars().all(legal) && value != "events" {
+        Ok(value.into())
+    } else {
+        Err(format!("'{value}' is not a name of a-z, 0-9 and -, at most 64 long, other than 'events'"))
+    }
+}
+
+fn subscriptions(value: &str) -> Result<Vec<Subscription>, String> {
+    let parts = value.split(',').map(str::trim).filter(|part| !part.is_empty());
+    parts
+        .map(|part| {
+            let (exchange, pattern) = part.split_once(':').unwrap_or((BUS, part));
+            if exchange.is_empty() || exchange.len() > 255 {
+                return Err(format!("'{part}' names no exchange before its colon"));
+            }
+            Ok(Subscription { exchange: exchange.into(), pattern: Pattern::parse(pattern)? })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(pairs: &[(&str, &str)]) -> Result<Settings, Vec<Mistake>> {
+        Settings::read(&pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+    }
+
+    #[test]
+    fn an_empty_environment_is_complete() {
+        let settings = read(&[]).expect("the defaults are valid");
+        assert_eq!((settings.partitions, settings.prefetch), (16, 200));
+        assert_eq!(settings.retention, Duration::from_secs(7 * 86_400));
+    }
+
+    #[test]
+    fn every_mistake_is_reported_at_once_and_no_secret_is_shown() {
+        let mistakes = read(&[
+            ("AMQP_URL", "http://user:hunter2@host"),
+            ("DATABASE_URL", "mysql://root:hunter2@host"),
+            ("WARREN_LANES", "high:6"),
+            ("WARREN_PARTITIONS", "0"),
+            ("WARREN_ORDER", "fifo"),
+            ("WARREN_DRAIN_TIMEOUT", "25 parsecs"),
+            ("WARREN_ADMIN_ADDR", "9090"),
+            ("WARREN_CONFIG", "a"),
+            ("WARREN_ROUTES", "b"),
+            ("WARREN_CRASH_LIMIT", "1"),
+        ])
+        .expect_err("mistakes");
+        assert_eq!(mistakes.len(), 9, "{mistakes:#?}");
+        let text = mistakes.iter().map(ToString::to_string).collect::<String>();
+        assert!(!text.contains("hunter2"), "{text}");
+        assert!(text.contains("WARREN_ORDER: 'fifo' is not one of: key, none"), "{text}");
+    }
+
+    #[test]
+    fn durations_are_written_as_people_write_them() {
+        for (text, millis) in [("250ms", 250), ("10s", 10_000), ("1h30m", 5_400_000), ("7d", 604_800_000)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["", "0s", "-5s", "5", "d", "999999d"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_subscription_names_the_bus_or_an_exchange() {
+        let settings = read(&[("WARREN_SUBSCRIBE", "order.#, theirs:a.*")]).expect("valid");
+        let pairs: Vec<_> = settings.subscribe.iter().map(|s| (s.exchange.as_str(), s.pattern.as_str())).collect();
+        assert_eq!(pairs, [(BUS, "order.#"), ("theirs", "a.*")]);
+    }
+
+    #[test]
+    fn a_name_like_ours_that_is_not_is_noticed() {
+        let environment = BTreeMap::from([("WARREN_PREFECTH".to_owned(), "5".to_owned())]);
+        assert_eq!(unknown(&environment), ["WARREN_PREFECTH"]);
+    }
+}

@@ -1,0 +1,205 @@
+//! The connection: reached with back-off, watched for blocks, its refusals translated into causes with cures.
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties, Error, ErrorKind};
+use std::time::Duration;
+use tokio::sync::watch;
+use warren_shared::env::Secret;
+
+/// Why there is no connection. The message names the cure.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// `AMQP_URL` is no URL.
+    #[error("AMQP_URL is not a URL of the form amqp://user:password@host:port/vhost: {0}")]
+    Url(String),
+    /// Nobody answers.
+    #[error("no broker answers at {address} ({cause}): start it, or correct AMQP_URL")]
+    Unreachable {
+        /// Host and port.
+        address: String,
+        /// What the operating system said.
+        cause: String,
+    },
+    /// Wrong user or password.
+    #[error("the broker at {address} refuses user '{user}': correct user and password in AMQP_URL")]
+    Credentials {
+        /// Host and port.
+        address: String,
+        /// The user.
+        user: String,
+    },
+    /// No such vhost, or no permission for it.
+    #[error(
+        "the broker refuses vhost '{vhost}' ({cause}): create it and grant user '{user}' access, or correct AMQP_URL"
+    )]
+    Vhost {
+        /// The vhost.
+        vhost: String,
+        /// The user.
+        user: String,
+        /// What the broker said.
+        cause: String,
+    },
+    /// The connection ended, or an operation on it failed.
+    #[error("the broker connection failed: {0}")]
+    Lost(String),
+}
+
+impl BrokerError {
+    /// Whether trying again without a change may help.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Lost(_))
+    }
+
+    /// What the broker or the library said of a connection in use.
+    #[must_use]
+    pub fn lost(error: &Error) -> Self {
+        Self::Lost(describe(error))
+    }
+}
+
+/// How to reach the broker.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    url: Secret,
+    name: String,
+}
+
+/// An open connection, and whether the broker blocks it.
+#[derive(Debug)]
+pub struct Link {
+    connection: Connection,
+    blocked: watch::Receiver<Option<String>>,
+}
+
+impl Broker {
+    /// The broker at a URL; `name` is shown in the broker's list of connections.
+    #[must_use]
+    pub fn new(url: Secret, name: impl Into<String>) -> Self {
+        Self { url, name: name.into() }
+    }
+
+    /// Connects once.
+    ///
+    /// # Errors
+    /// Says why not, and what to do.
+    pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
+        // The parser's error may hold the URL, and with it the password.
+        let mut uri: AMQPUri = self.url.reveal().parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
+        uri.query.heartbeat.get_or_insert(10);
+        uri.query.connection_timeout.get_or_insert(5000);
+        let name = format!("{} ({purpose})", self.name);
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        let connection =
+            Connection::connect_uri(uri.clone(), properties).await.map_err(|error| refusal(&uri, &error))?;
+        let (tell, blocked) = watch::channel(None);
+        let mut events = connection.events_listener();
+        tokio::spawn(async move {
+            use futures_util::StreamExt;
+            while let Some(event) = events.next().await {
+                match event {
+                    lapin::Event::ConnectionBlocked(reason) => tell.send_replace(Some(reason)),
+                    lapin::Event::ConnectionUnblocked => tell.send_replace(None),
+                    lapin::Event::Error(_) => break,
+                    _ => continue,
+                };
+            }
+        });
+        Ok(Link { connection, blocked })
+    }
+
+    /// Connects, and tries for so long where the broker is not there yet.
+    ///
+    /// # Errors
+    /// The last reason; at once where no waiting helps.
+    pub async fn connect_within(&self, purpose: &str, patience: Duration) -> Result<Link, BrokerError> {
+        use backon::{BackoffBuilder, ExponentialBuilder};
+        let started = tokio::time::Instant::now();
+        let delays = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_delay(Duration::from_secs(3))
+            .with_jitter()
+            .without_max_times();
+        for delay in delays.build() {
+            match self.connect(purpose).await {
+                Err(error) if error.is_transient() && started.elapsed() + delay < patience => {
+                    tracing::info!(%error, "not connected yet, trying again");
+                    tokio::time::sleep(delay).await;
+                }
+                result => return result,
+            }
+        }
+        Err(BrokerError::Lost("gave up".into()))
+    }
+
+    /// Connects, however long it takes.
+    pub async fn connect_for_ever(&self, purpose: &str) -> Link {
+        loop {
+            match self.connect_within(purpose, Duration::from_secs(3600)).await {
+                Ok(link) => return link,
+                Err(error) => {
+                    // Credentials may be rotating, a vhost may be restored: it stays a wait, not an end.
+                    tracing::error!(%error, "the broker refuses the connection, trying again in 5 s");
+                    tokio::time::sleep(Duration::from_secs(5)).await;
+                }
+            }
+        }
+    }
+}
+
+impl Link {
+    /// The connection.
+    #[must_use]
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// Why the broker blocks publishing now, if it does.
+    #[must_use]
+    pub fn blocked(&self) -> watch::Receiver<Option<String>> {
+        self.blocked.clone()
+    }
+
+    /// Whether it can be used.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.connection.status().connected()
+    }
+
+    /// Closes it in order; a connection that cannot be closed in two seconds is left to the operating system.
+    pub async fn close(&self) {
+        let close = self.connection.close(200, "done".into());
+        let _ = tokio::time::timeout(Duration::from_secs(2), close).await;
+    }
+}
+
+fn refusal(uri: &AMQPUri, error: &Error) -> BrokerError {
+    let address = format!("{}:{}", uri.authority.host, uri.authority.port);
+    let user = uri.authority.userinfo.username.clone();
+    match error.kind() {
+        ErrorKind::ProtocolError(amqp) => match amqp.kind() {
+            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => BrokerError::Credentials { address, user },
+            AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::INVALIDPATH) => {
+                BrokerError::Vhost { vhost: uri.vhost.clone(), user, cause: amqp.get_message().to_string() }
+            }
+            _ => BrokerError::Lost(describe(error)),
+        },
+        // Older brokers drop the connection where the password is wrong; all else that fails here is the way there.
+        _ => BrokerError::Unreachable { address, cause: describe(error) },
+    }
+}
+
+/// An error of the library in words, without Debug output that could hold a message.
+#[must_use]
+pub fn describe(error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::ProtocolError(amqp) => amqp.get_message().to_string(),
+        ErrorKind::IOError(io) => io.to_string(),
+        ErrorKind::MissingHeartbeatError => "no heartbeat from the broker".into(),
+        ErrorKind::InvalidChannelState(..) => "the channel is closed".into(),
+        ErrorKind::InvalidConnectionState(..) => "the connection is closed".into(),
+        ErrorKind::ParsingError(_) => "the broker sent a frame that cannot be read".into(),
+        _ => error.to_string(),
+    }
+}

@@ -1,0 +1,213 @@
+//! Between AMQP's types and plain values: the only place that knows both.
+use lapin::BasicProperties;
+use lapin::message::Delivery;
+use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
+use warren_shared::Message;
+use warren_shared::event::Value;
+use warren_shared::topology::{Argument, Arguments};
+use warren_shared::wire::Header;
+
+/// Why a message cannot be put on the wire.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unwritable {
+    /// AMQP's short strings end at 255 bytes.
+    #[error("the {0} has {1} bytes, AMQP carries at most 255")]
+    TooLong(&'static str, usize),
+    /// All headers must fit in one frame.
+    #[error("the headers have about {0} bytes, at most {HEADER_LIMIT} fit in a frame")]
+    Headers(usize),
+}
+
+/// Below the smallest `frame_max` in common use (128 KiB), with room for the properties.
+const HEADER_LIMIT: usize = 100_000;
+/// `delivery_mode`: on disk.
+const PERSISTENT: u8 = 2;
+
+/// A delivery's message as values. Deeply nested headers are measured, not followed by recursion.
+#[must_use]
+pub fn read(delivery: Delivery) -> Message {
+    let Delivery { exchange, routing_key, properties, data, .. } = delivery;
+    from_parts(exchange.as_str(), routing_key.as_str(), &properties, data)
+}
+
+pub(crate) fn from_parts(exchange: &str, routing_key: &str, properties: &BasicProperties, body: Vec<u8>) -> Message {
+    let text = |property: &Option<ShortString>| property.as_ref().map(|s| s.as_str().to_owned());
+    let headers = properties
+        .headers()
+        .as_ref()
+        .map(|table| table.inner().iter().map(|(name, value)| (name.as_str().to_owned(), header(value))).collect());
+    Message {
+        exchange: exchange.to_owned(),
+        routing_key: routing_key.to_owned(),
+        content_type: text(properties.content_type()),
+        message_id: text(properties.message_id()),
+        correlation_id: text(properties.correlation_id()),
+        app_id: text(properties.app_id()),
+        kind: text(properties.kind()),
+        timestamp: *properties.timestamp(),
+        priority: *properties.priority(),
+        headers: headers.unwrap_or_default(),
+        body,
+    }
+}
+
+fn header(value: &AMQPValue) -> Header {
+    let int = |i: i64| Header::Plain(Value::Int(i));
+    match value {
+        AMQPValue::Boolean(b) => Header::Plain(Value::Bool(*b)),
+        AMQPValue::ShortShortInt(i) => int((*i).into()),
+        AMQPValue::ShortShortUInt(i) => int((*i).into()),
+        AMQPValue::ShortInt(i) => int((*i).into()),
+        AMQPValue::ShortUInt(i) => int((*i).into()),
+        AMQPValue::LongInt(i) => int((*i).into()),
+        AMQPValue::LongUInt(i) => int((*i).into()),
+        AMQPValue::LongLongInt(i) => int(*i),
+        AMQPValue::Timestamp(t) => i64::try_from(*t).map_or(Header::Opaque, int),
+        AMQPValue::Float(f) => Header::Plain(Value::Text(f.to_string())),
+        AMQPValue::Double(f) => Header::Plain(Value::Text(f.to_string())),
+        AMQPValue::ShortString(s) => Header::Plain(Value::Text(s.as_str().to_owned())),
+        AMQPValue::LongString(s) => match std::str::from_utf8(s.as_bytes()) {
+            Ok(text) => Header::Plain(Value::Text(text.to_owned())),
+            Err(_) => Header::Opaque,
+        },
+        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) => Header::Nested(depth(value)),
+        AMQPValue::DecimalValue(_) | AMQPValue::ByteArray(_) | AMQPValue::Void => Header::Opaque,
+    }
+}
+
+/// Levels of nesting, with the work list on the heap.
+fn depth(value: &AMQPValue) -> usize {
+    let (mut open, mut deepest) = (vec![(value, 1)], 0);
+    while let Some((value, level)) = open.pop() {
+        deepest = deepest.max(level);
+        match value {
+            AMQPValue::FieldArray(array) => open.extend(array.as_slice().iter().map(|v| (v, level + 1))),
+            AMQPValue::FieldTable(table) => open.extend(table.inner().values().map(|v| (v, level + 1))),
+            _ => {}
+        }
+    }
+    deepest - 1
+}
+
+/// A message's properties. Everything is persistent.
+///
+/// # Errors
+/// Names the property that AMQP cannot carry.
+pub fn write(message: &Message) -> Result<BasicProperties, Unwritable> {
+    let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    if let Some(text) = short("content type", message.content_type.as_deref())? {
+        properties = properties.with_content_type(text);
+    }
+    if let Some(text) = short("message id", message.message_id.as_deref())? {
+        properties = properties.with_message_id(text);
+    }
+    if let Some(text) = short("key", message.correlation_id.as_deref())? {
+        properties = properties.with_correlation_id(text);
+    }
+    if let Some(text) = short("application id", message.app_id.as_deref())? {
+        properties = properties.with_app_id(text);
+    }
+    if let Some(text) = short("type", message.kind.as_deref())? {
+        properties = properties.with_type(text);
+    }
+    if let Some(seconds) = message.timestamp {
+        properties = properties.with_timestamp(seconds);
+    }
+    if let Some(priority) = message.priority {
+        properties = properties.with_priority(priority);
+    }
+    let mut table = FieldTable::default();
+    let mut size = 0;
+    for (name, value) in &message.headers {
+        let Header::Plain(value) = value else { continue };
+        let name = ShortString::try_new(name.clone()).map_err(|_| Unwritable::TooLong("header's name", name.len()))?;
+        let value = match value {
+            Value::Bool(b) => AMQPValue::Boolean(*b),
+            Value::Int(i) => AMQPValue::LongLongInt(*i),
+            Value::Text(text) => AMQPValue::LongString(LongString::from(text.as_bytes())),
+        };
+        size += name.as_str().len() + if let AMQPValue::LongString(s) = &value { s.len() + 6 } else { 10 };
+        table.insert(name, value);
+    }
+    if size > HEADER_LIMIT {
+        return Err(Unwritable::Headers(size));
+    }
+    Ok(properties.with_headers(table))
+}
+
+/// Exchange and routing key as AMQP takes them.
+pub(crate) fn address(message: &Message) -> Result<(ShortString, ShortString), Unwritable> {
+    let exchange = short("exchange's name", Some(&message.exchange))?.unwrap_or_default();
+    let key = short("routing key", Some(&message.routing_key))?.unwrap_or_default();
+    Ok((exchange, key))
+}
+
+fn short(what: &'static str, text: Option<&str>) -> Result<Option<ShortString>, Unwritable> {
+    text.map(|text| ShortString::try_new(text).map_err(|_| Unwritable::TooLong(what, text.len()))).transpose()
+}
+
+/// A declaration's arguments.
+pub(crate) fn arguments(arguments: &Arguments) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        let value = match value {
+            Argument::Text(text) => AMQPValue::LongString(LongString::from(text.as_bytes())),
+            Argument::Int(i) => AMQPValue::LongLongInt(*i),
+            Argument::Flag(flag) => AMQPValue::Boolean(*flag),
+        };
+        table.insert(ShortString::from(*name), value);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::types::FieldArray;
+
+    #[test]
+    fn twenty_six_thousand_levels_are_counted_not_followed() {
+        // Building and dropping such a value is recursive in the library: it needs the stack that the binaries set.
+        let run = || {
+            let mut value = AMQPValue::Void;
+            for _ in 0..26_000 {
+                let mut array = FieldArray::default();
+                array.push(value);
+                value = AMQPValue::FieldArray(array);
+            }
+            assert_eq!(header(&value), Header::Nested(26_000));
+        };
+        let thread = std::thread::Builder::new().stack_size(crate::process::STACK).spawn(run).expect("spawned");
+        thread.join().expect("no overflow");
+    }
+
+    #[test]
+    fn what_was_written_is_read_alike() {
+        let mut message = Message {
+            exchange: "x".into(),
+            routing_key: "order.placed".into(),
+            content_type: Some("application/json".into()),
+            message_id: Some("1".into()),
+            correlation_id: Some("k".into()),
+            kind: Some("order.placed".into()),
+            timestamp: Some(1_700_000_000),
+            body: b"{}".to_vec(),
+            ..Message::default()
+        };
+        message.set("warren-attempt", 2_u32);
+        message.set("note", "schön");
+        let properties = write(&message).expect("writable");
+        let mut read = from_parts("x", "order.placed", &properties, b"{}".to_vec());
+        read.headers.sort_by(|a, b| b.0.cmp(&a.0));
+        assert_eq!(read, message);
+    }
+
+    #[test]
+    fn what_amqp_cannot_carry_is_refused_by_name() {
+        let message = Message { message_id: Some("x".repeat(300)), ..Message::default() };
+        assert_eq!(write(&message), Err(Unwritable::TooLong("message id", 300)));
+        let mut message = Message::default();
+        message.set("big", "x".repeat(200_000));
+        assert!(matches!(write(&message), Err(Unwritable::Headers(_))));
+    }
+}

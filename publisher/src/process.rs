@@ -1,0 +1,192 @@
+//! What both binaries do before and after their work: environment, log, stack, exit code.
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use warren_shared::env::{LogFormat, Mistake, Reader, Settings, unknown};
+
+/// Exit codes by sysexits(3): scripts rely on them.
+pub mod exit {
+    /// Something failed; the message says what.
+    pub const FAILED: u8 = 1;
+    /// Usage or configuration.
+    pub const USAGE: u8 = 64;
+    /// Broker or store unavailable.
+    pub const UNAVAILABLE: u8 = 69;
+}
+
+/// The stack of every thread, committed lazily. The AMQP library reads nested headers by recursion, a frame can hold
+/// 26,000 levels of them, and its I/O thread takes the default size: 2 MiB would let one message abort the process.
+pub const STACK: usize = 128 << 20;
+
+/// Starts the process anew with [`STACK`] as the default, unless it already is. To be called first in `main`.
+///
+/// The default is read from `RUST_MIN_STACK` once, and setting a variable in a running process is unsafe; replacing
+/// the process (same pid) is not.
+pub fn with_deep_stacks() {
+    use std::os::unix::process::CommandExt;
+    const VARIABLE: &str = "RUST_MIN_STACK";
+    let enough = |value: String| value.parse().is_ok_and(|size: usize| size >= STACK);
+    if std::env::var(VARIABLE).is_ok_and(enough) {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        let mut arguments = std::env::args_os();
+        let mut command = std::process::Command::new(program);
+        if let Some(name) = arguments.next() {
+            command.arg0(name);
+        }
+        // `exec` returns only where it failed; a shallow stack is then still better than no worker.
+        let _ = command.args(arguments).env(VARIABLE, STACK.to_string()).exec();
+    }
+}
+
+/// A runtime whose threads have [`STACK`].
+///
+/// # Errors
+/// The operating system gives no threads.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build()
+}
+
+/// The environment with `AMQP_URL_FILE` and `DATABASE_URL_FILE` read.
+fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
+    let mut mistakes = Vec::new();
+    let mut map = BTreeMap::new();
+    for (name, value) in std::env::vars_os() {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => {
+                map.insert(name, value);
+            }
+            (Ok(name), Err(_)) if name.starts_with("WARREN_") || name.ends_with("_URL") => {
+                mistakes.push(Mistake { variable: name, problem: "is not UTF-8".into() });
+            }
+            _ => {}
+        }
+    }
+    for name in ["AMQP_URL", "DATABASE_URL"] {
+        let variable = format!("{name}_FILE");
+        let Some(path) = map.get(&variable).filter(|path| !path.is_empty()).cloned() else { continue };
+        match std::fs::read_to_string(&path) {
+            _ if map.contains_key(name) => {
+                mistakes.push(Mistake { variable, problem: format!("is set beside {name}: set only one of the two") });
+            }
+            Ok(text) => {
+                map.insert(name.into(), text.trim().to_owned());
+            }
+            Err(error) => mistakes.push(Mistake { variable, problem: format!("cannot read '{path}': {error}") }),
+        }
+    }
+    if mistakes.is_empty() { Ok(map) } else { Err(mistakes) }
+}
+
+/// Reads the settings and starts the log; prints every mistake where there are some.
+///
+/// # Errors
+/// The exit code for a wrong configuration.
+pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
+    let read = environment().and_then(|map| Settings::read(&map).map(|settings| (map, settings)));
+    match read {
+        Ok((map, settings)) => {
+            log(&settings);
+            for name in unknown(&map) {
+                tracing::warn!(variable = name, "{name} is not a variable of Warren, it changes nothing: see --help");
+            }
+            Ok(settings)
+        }
+        Err(mistakes) => {
+            // A publisher does not fail over a variable that only the worker reads.
+            let concerns = |m: &&Mistake| reader == Reader::Worker || !is_workers(&m.variable);
+            let mistakes: Vec<&Mistake> = mistakes.iter().filter(concerns).collect();
+            eprintln!("the configuration has {}:", count(mistakes.len(), "mistake"));
+            for mistake in mistakes {
+                eprintln!("  {mistake}");
+            }
+            eprintln!("nothing was changed; --help lists every variable");
+            Err(ExitCode::from(exit::USAGE))
+        }
+    }
+}
+
+fn is_workers(name: &str) -> bool {
+    warren_shared::env::VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker)
+}
+
+/// Runs a command on a runtime of its own. Its future is spawned: the main thread's stack cannot be chosen.
+///
+/// # Errors
+/// The command's error, or that the operating system gives no threads.
+pub fn run<F>(command: F) -> anyhow::Result<ExitCode>
+where
+    F: Future<Output = anyhow::Result<ExitCode>> + Send + 'static,
+{
+    let runtime = runtime()?;
+    let result = runtime.block_on(runtime.spawn(command));
+    // A thread that reads a terminal does not end by itself.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    result?
+}
+
+/// Prints an error with its causes; the exit code tells what kind it is.
+#[must_use]
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    use crate::broker::BrokerError;
+    use crate::declare::DeclareError;
+    if matches!(error.downcast_ref::<BrokerError>(), Some(BrokerError::Url(_))) {
+        exit::USAGE
+    } else if error.is::<BrokerError>() {
+        exit::UNAVAILABLE
+    } else if let Some(declare) = error.downcast_ref::<DeclareError>() {
+        match declare {
+            DeclareError::Mismatch(_) => exit::USAGE,
+            _ => exit::UNAVAILABLE,
+        }
+    } else {
+        exit::FAILED
+    }
+}
+
+/// Help and version are no mistakes; a wrong argument is one of usage.
+#[must_use]
+pub fn usage(error: &clap::Error) -> ExitCode {
+    // The terminal may be gone; there is nobody to tell then.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS }
+}
+
+/// Prints a line of data to stdout.
+///
+/// # Errors
+/// The reader of the pipe is gone.
+pub fn print(line: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()
+}
+
+/// `1 mistake`, `2 mistakes`.
+#[must_use]
+pub fn count(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+fn log(settings: &Settings) {
+    use tracing_subscriber::{EnvFilter, fmt};
+    // The AMQP library prints returned messages, bodies and all: no filter may turn that on.
+    let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
+    let silent = ["lapin=off", "amq_protocol=off", "async_rs=off"];
+    let filter = silent.iter().filter_map(|d| d.parse().ok()).fold(filter, EnvFilter::add_directive);
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second start in one process (tests) keeps the first.
+    let _ = match settings.log_format {
+        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+        LogFormat::Text => {
+            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            builder.with_target(false).with_ansi(ansi).try_init()
+        }
+    };
+}
