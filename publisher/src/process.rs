@@ -128,6 +128,10 @@ where
 /// Prints an error with its causes; the exit code tells what kind it is.
 #[must_use]
 pub fn fail(error: &anyhow::Error) -> ExitCode {
+    // `… | head` has seen enough: that is no failure.
+    if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
     eprintln!("error: {error:#}");
     ExitCode::from(code(error))
 }

@@ -1,6 +1,6 @@
 //! Dead letters: what could not be handled, with the reason, in headers that a person can read.
-use crate::event::Event;
-use crate::wire::{LANE, Message, REPLAYED};
+use crate::event::{Event, HEADERS, Value};
+use crate::wire::{Header, LANE, Message, REPLAYED};
 
 /// Why an event died. The words in `reason` are stable: filters, metrics and runbooks rest on them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,14 @@ pub fn of_event(event: &Event, replayed: u32, lane: &str, cause: &Cause, scene: 
 #[must_use]
 pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: &str) -> Message {
     message.strip();
+    let weight = |(name, header): &(String, Header)| match header {
+        Header::Plain(Value::Text(text)) => 6 + name.len() + text.len(),
+        _ => 10 + name.len(),
+    };
+    if message.headers.iter().map(weight).sum::<usize>() > HEADERS {
+        // The marks of its death must fit into the frame; its body stays whole.
+        message.headers.clear();
+    }
     message.exchange = exchange.into();
     mark(&mut message, cause, scene);
     message
@@ -63,10 +71,12 @@ pub fn revive(mut letter: Message, exchange: &str) -> Message {
 }
 
 fn mark(message: &mut Message, cause: &Cause, scene: &Scene) {
-    let mut error = cause.error.clone();
-    error.truncate(error.floor_char_boundary(ERROR_LIMIT));
+    let mut end = cause.error.len().min(ERROR_LIMIT);
+    while !cause.error.is_char_boundary(end) {
+        end -= 1;
+    }
     message.set("warren-dead-reason", cause.reason);
-    message.set("warren-dead-error", error);
+    message.set("warren-dead-error", &cause.error[..end]);
     message.set("warren-dead-attempts", cause.attempts);
     message.set("warren-dead-handler", cause.handler.as_str());
     message.set("warren-dead-worker", scene.worker.as_str());

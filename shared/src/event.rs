@@ -82,7 +82,7 @@ impl Unreadable {
 }
 
 /// The value of an extension attribute.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(untagged)]
 pub enum Value {
     /// `Boolean`.
@@ -108,7 +108,7 @@ impl std::fmt::Display for Value {
 pub enum Data {
     /// JSON, checked and left unparsed: most routes do not look inside.
     Json(Box<RawValue>),
-    /// Text of a `text/*` type or of none.
+    /// Text of a type that is not JSON.
     Text(String),
     /// Anything else.
     Bytes(Vec<u8>),
@@ -175,6 +175,8 @@ pub struct Event {
     pub(crate) content_type: Option<String>,
     pub(crate) schema: Option<String>,
     pub(crate) extensions: BTreeMap<String, Value>,
+    /// What the extensions take as headers: kept, so that many of them cost no more than their number.
+    weight: usize,
     pub(crate) data: Option<Data>,
 }
 
@@ -182,6 +184,8 @@ pub struct Event {
 const SHORT: usize = 255;
 /// Long enough for any URI, short enough for a header table.
 const LONG: usize = 4096;
+/// All attributes must fit into one AMQP frame as headers: what can be read can be written again.
+pub(crate) const HEADERS: usize = 64 << 10;
 
 impl Event {
     /// An event with the three attributes that identify and route it.
@@ -202,6 +206,7 @@ impl Event {
             content_type: None,
             schema: None,
             extensions: BTreeMap::new(),
+            weight: 0,
             data: None,
         })
     }
@@ -235,39 +240,59 @@ impl Event {
                 return Err(attribute(name, "is not an extension"));
             }
             "subject" => self.subject = Some(plain(value, LONG)?),
-            "datacontenttype" => self.content_type = Some(plain(value, SHORT)?),
+            "datacontenttype" => {
+                let content_type = plain(value, SHORT)?;
+                if is_event(&content_type) {
+                    return Err(attribute(
+                        name,
+                        "is that of an event, which data cannot be: AMQP could not tell them apart",
+                    ));
+                }
+                self.content_type = Some(content_type);
+            }
             "dataschema" => self.schema = Some(plain(value, LONG)?),
             "time" => {
                 let time = plain(value, SHORT)?;
-                if time.parse::<jiff::Timestamp>().is_err() {
+                if !is_rfc3339(&time) {
                     return Err(attribute(name, "is not an RFC 3339 time"));
                 }
                 self.time = Some(time);
             }
             "partitionkey" => {
                 let key = plain(value, SHORT)?;
-                self.extensions.insert(name.into(), Value::Text(key));
+                self.extend(name, Value::Text(key))?;
             }
             "priority" => match value.to_string().parse::<u8>() {
                 Ok(p) if p <= 9 => {
-                    self.extensions.insert(name.into(), Value::Int(p.into()));
+                    self.extend(name, Value::Int(p.into()))?;
                 }
                 _ => return Err(attribute(name, "is not a number from 0 to 9")),
             },
             _ => {
                 let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
                 if name.is_empty() || name.len() > 64 || !name.chars().all(legal) {
-                    let name: String = name.chars().take(64).collect();
-                    return Err(attribute(&name, "has a name that is not of a-z and 0-9, at most 64"));
+                    return Err(attribute(&excerpt(name), "has a name that is not of a-z and 0-9, at most 64"));
                 }
                 if let Value::Text(value) = &value
                     && !value.is_empty()
                 {
                     text(name, value, LONG)?;
                 }
-                self.extensions.insert(name.into(), value);
+                self.extend(name, value)?;
             }
         }
+        Ok(())
+    }
+
+    fn extend(&mut self, name: &str, value: Value) -> Result<(), Unreadable> {
+        // With room for what a header costs beside name and text: the prefix, the lengths, the type.
+        let cost = |value: &Value| 20 + name.len() + if let Value::Text(text) = value { text.len() } else { 8 };
+        let weight = self.weight + cost(&value) - self.extensions.get(name).map_or(0, cost);
+        if weight > HEADERS {
+            return Err(attribute("extensions", &format!("have {weight} bytes together, the limit is {HEADERS}")));
+        }
+        self.weight = weight;
+        self.extensions.insert(name.into(), value);
         Ok(())
     }
 
@@ -360,6 +385,29 @@ impl Event {
             _ => None,
         }
     }
+}
+
+/// The start of a text that may be anything, fit for a log line.
+pub(crate) fn excerpt(text: &str) -> String {
+    text.chars().take(64).map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// Whether a media type means a whole CloudEvent, or many.
+pub(crate) fn is_event(content_type: &str) -> bool {
+    content_type.trim_start().to_ascii_lowercase().starts_with("application/cloudevents")
+}
+
+/// jiff alone also takes ISO 8601's other spellings, which other readers of the event would refuse.
+fn is_rfc3339(time: &str) -> bool {
+    let like = |text: &str, shape: &str| {
+        let fits = |(c, s): (u8, u8)| if s == b'0' { c.is_ascii_digit() } else { c.eq_ignore_ascii_case(&s) };
+        text.len() == shape.len() && text.bytes().zip(shape.bytes()).all(fits)
+    };
+    let Some((second, rest)) = time.split_at_checked("0000-00-00T00:00:00".len()) else { return false };
+    let zone = rest.strip_prefix('.').map_or(rest, |rest| rest.trim_start_matches(|c: char| c.is_ascii_digit()));
+    like(second, "0000-00-00T00:00:00")
+        && ["Z", "+00:00", "-00:00"].iter().any(|shape| like(zone, shape))
+        && time.parse::<jiff::Timestamp>().is_ok()
 }
 
 fn attribute(name: &str, problem: &str) -> Unreadable {

@@ -16,7 +16,7 @@ pub enum JsonError {
     #[error("nested deeper than {0} levels")]
     TooDeep(usize),
     /// An object names a member twice, so readers would disagree on its value.
-    #[error("an object names a member twice (line {line}, column {column})")]
+    #[error("ambiguous: an object names a member twice (line {line}, column {column})")]
     DuplicateKey {
         /// Line, from 1.
         line: usize,

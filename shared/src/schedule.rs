@@ -14,7 +14,7 @@ const SCALE: u64 = 1 << 20;
 #[derive(Debug)]
 struct Item<T> {
     lane: usize,
-    /// Earlier is more urgent: arrival time less the credit of its priority.
+    /// Less is more urgent: arrival time, later by what each step of priority that it lacks is worth.
     urgency: u64,
     value: T,
 }
@@ -60,7 +60,7 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
 
     /// Adds an item behind all others of its key. `now` is in milliseconds, from any origin.
     pub fn push(&mut self, key: K, lane: usize, priority: u8, now: u64, value: T) {
-        let urgency = now.saturating_sub(u64::from(priority) * PRIORITY_MS);
+        let urgency = now.saturating_add(u64::from(u8::MAX - priority) * PRIORITY_MS);
         self.waiting += 1;
         let entry = self.keys.entry(key.clone()).or_insert_with(|| Key { out: false, waiting: VecDeque::new() });
         let ready = !entry.out && entry.waiting.is_empty();
@@ -229,9 +229,9 @@ mod tests {
     fn urgency_ages() {
         let mut schedule = Schedule::new([1]);
         schedule.push(1, 0, 0, 0, "old");
-        schedule.push(2, 0, 1, 9_000, "urgent");
-        schedule.push(3, 0, 1, 11_000, "urgent, much later");
+        schedule.push(2, 0, 1, 11_000, "urgent, much later");
+        schedule.push(3, 0, 1, 9_000, "urgent");
         let order: Vec<_> = std::iter::from_fn(|| schedule.take()).map(|(_, v)| v).collect();
-        assert_eq!(order, ["old", "urgent", "urgent, much later"]);
+        assert_eq!(order, ["urgent", "old", "urgent, much later"]);
     }
 }

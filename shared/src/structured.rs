@@ -1,5 +1,5 @@
 //! An event as one JSON object: CloudEvents' structured form, the line that `send` reads, the line that `exec` writes.
-use crate::event::{Data, Event, Limits, Unreadable, Value};
+use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt};
 use crate::json;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -30,7 +30,7 @@ impl Event {
     /// Says why it is not an event.
     pub fn from_json(text: &[u8], limits: Limits) -> Result<Self, Unreadable> {
         let raw = checked(text, limits)?;
-        Self::read(&members(&raw)?, None)
+        Self::read(&members(&raw)?, None, limits)
     }
 
     /// Reads an event that may leave out everything but its `type`.
@@ -39,14 +39,14 @@ impl Event {
     /// Says why it is not an event.
     pub fn from_partial(text: &[u8], limits: Limits, defaults: Defaults) -> Result<Self, Unreadable> {
         let raw = checked(text, limits)?;
-        Self::read(&members(&raw)?, Some(defaults))
+        Self::read(&members(&raw)?, Some(defaults), limits)
     }
 
-    fn read(members: &Members<'_>, defaults: Option<Defaults>) -> Result<Self, Unreadable> {
+    fn read(members: &Members<'_>, defaults: Option<Defaults>, limits: Limits) -> Result<Self, Unreadable> {
         let partial = defaults.is_some();
         match required(members, "specversion") {
             Ok(version) if version == "1.0" => {}
-            Ok(other) => return Err(Unreadable::SpecVersion(other.chars().take(32).collect())),
+            Ok(other) => return Err(Unreadable::SpecVersion(excerpt(&other))),
             Err(Unreadable::Missing(_)) if partial => {}
             Err(error) => return Err(error),
         }
@@ -69,7 +69,7 @@ impl Event {
                 }
             }
         }
-        event.data = payload(members, event.content_type.as_deref())?;
+        event.set_data(members, limits)?;
         if let Some(defaults) = defaults {
             event.time.get_or_insert(defaults.time);
             if event.subject.is_none() && event.extension("partitionkey").is_none() {
@@ -80,6 +80,27 @@ impl Event {
             }
         }
         Ok(event)
+    }
+
+    fn set_data(&mut self, members: &Members<'_>, limits: Limits) -> Result<(), Unreadable> {
+        let wrong = |name: &str, problem: &str| Unreadable::Attribute { name: name.into(), problem: problem.into() };
+        let set = |name| members.get(name).filter(|raw| raw.get() != "null");
+        if let Some(raw) = set("data_base64") {
+            if set("data").is_some() {
+                return Err(wrong("data", "stands beside 'data_base64', only one may"));
+            }
+            let bytes = serde_json::from_str::<String>(raw.get()).ok().and_then(|text| BASE64.decode(text).ok());
+            return self.set_body(&bytes.ok_or_else(|| wrong("data_base64", "is not base64"))?, limits);
+        }
+        // `null` is a JSON value like any other, but neither text nor bytes.
+        let is_json = self.content_type.as_deref().is_none_or(is_json);
+        let data = if is_json { members.get("data") } else { set("data") };
+        let data = data.map(|raw| match serde_json::from_str::<String>(raw.get()) {
+            Ok(text) if !is_json => Data::Text(text),
+            _ => Data::Json((*raw).to_owned()),
+        });
+        self.data = data.filter(|data| !data.as_bytes().is_empty());
+        Ok(())
     }
 
     /// The event as one JSON object on one line.
@@ -137,7 +158,8 @@ fn checked(text: &[u8], limits: Limits) -> Result<Box<RawValue>, Unreadable> {
     if text.len() > limits.body {
         return Err(Unreadable::TooLarge { size: text.len(), limit: limits.body });
     }
-    Ok(json::check(text, limits.depth)?)
+    // One level more: the event itself, around data that may be as deep as any body.
+    Ok(json::check(text, limits.depth.saturating_add(1))?)
 }
 
 fn members(raw: &RawValue) -> Result<Members<'_>, Unreadable> {
@@ -157,8 +179,7 @@ fn required(members: &Members<'_>, name: &'static str) -> Result<String, Unreada
 
 /// An attribute's value; `null` is as good as absent.
 fn scalar(name: &str, raw: &RawValue) -> Result<Option<Value>, Unreadable> {
-    let wrong =
-        |problem: &str| Unreadable::Attribute { name: name.chars().take(64).collect(), problem: problem.into() };
+    let wrong = |problem: &str| Unreadable::Attribute { name: excerpt(name), problem: problem.into() };
     match serde_json::from_str::<serde_json::Value>(raw.get()) {
         Ok(serde_json::Value::Null) => Ok(None),
         Ok(serde_json::Value::Bool(b)) => Ok(Some(Value::Bool(b))),
@@ -168,29 +189,6 @@ fn scalar(name: &str, raw: &RawValue) -> Result<Option<Value>, Unreadable> {
             None => Err(wrong("is not a whole number of 64 bits")),
         },
         _ => Err(wrong("is a list or an object, attributes are plain values")),
-    }
-}
-
-fn payload(members: &Members<'_>, content_type: Option<&str>) -> Result<Option<Data>, Unreadable> {
-    let data = members.get("data").filter(|raw| raw.get() != "null");
-    match (data, members.get("data_base64")) {
-        (Some(_), Some(_)) => Err(Unreadable::Attribute {
-            name: "data".into(),
-            problem: "stands beside 'data_base64', only one may".into(),
-        }),
-        (None, None) => Ok(None),
-        (Some(raw), None) => {
-            let is_json = content_type.is_none_or(is_json);
-            match serde_json::from_str::<String>(raw.get()) {
-                Ok(text) if !is_json => Ok(Some(Data::Text(text))),
-                _ => Ok(Some(Data::Json((*raw).to_owned()))),
-            }
-        }
-        (None, Some(raw)) => {
-            let wrong = || Unreadable::Attribute { name: "data_base64".into(), problem: "is not base64".into() };
-            let text: String = serde_json::from_str(raw.get()).map_err(|_| wrong())?;
-            Ok(Some(Data::Bytes(BASE64.decode(text).map_err(|_| wrong())?)))
-        }
     }
 }
 

@@ -2,12 +2,12 @@
 //!
 //! Read: *binary* (attributes as headers), *structured* (the body is the whole event), *plain* (a message of a system
 //! that knows nothing of Warren). Written: binary. The AMQP library's own types stay in `publisher/src/codec.rs`.
-use crate::event::{Data, Event, Limits, Unreadable, Value};
+use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt, is_event};
 use crate::json;
 use crate::structured::is_json;
 
 /// A header's value, as far as an attribute can use it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Header {
     /// A value that an attribute can have.
     Plain(Value),
@@ -17,8 +17,8 @@ pub enum Header {
     Opaque,
 }
 
-/// An AMQP message as values.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// An AMQP message as values. Serialised it is the envelope alone: stores keep the body beside it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
     /// The exchange it was, or is to be, published to.
     pub exchange: String,
@@ -41,6 +41,7 @@ pub struct Message {
     /// Headers, in no order.
     pub headers: Vec<(String, Header)>,
     /// The body.
+    #[serde(skip)]
     pub body: Vec<u8>,
 }
 
@@ -122,15 +123,13 @@ impl Message {
         }
         let deep = |(_, header): &&(String, Header)| matches!(header, Header::Nested(depth) if *depth > limits.depth);
         if let Some((name, _)) = self.headers.iter().find(deep) {
-            return Err(Unreadable::Header(name.chars().take(64).collect()));
+            return Err(Unreadable::Header(excerpt(name)));
         }
         let content_type = self.content_type.as_deref().unwrap_or_default().to_ascii_lowercase();
         let mut identified = Identified::ByItself;
-        let event = if content_type.starts_with("application/cloudevents-batch") {
-            return Err(Unreadable::Form(content_type));
-        } else if content_type.starts_with("application/cloudevents") {
-            if !is_json(&content_type) {
-                return Err(Unreadable::Form(content_type));
+        let event = if is_event(&content_type) {
+            if content_type.contains("cloudevents-batch") || !is_json(&content_type) {
+                return Err(Unreadable::Form(excerpt(&content_type)));
             }
             Event::from_json(&self.body, limits)?
         } else if self.headers.iter().any(|(name, _)| attribute_name(name).is_some()) {
@@ -157,9 +156,11 @@ impl Message {
         for (name, header) in &self.headers {
             let Some(attribute) = attribute_name(name) else { continue };
             let Header::Plain(value) = header else {
-                return Err(Unreadable::Header(name.chars().take(64).collect()));
+                return Err(Unreadable::Header(excerpt(name)));
             };
-            found.insert(attribute, value);
+            if found.insert(attribute, value).is_some_and(|other| other != value) {
+                return Err(Unreadable::Attribute { name: excerpt(attribute), problem: "stands twice".into() });
+            }
         }
         let mut required = |name: &'static str| match found.remove(name) {
             Some(Value::Text(text)) => Ok(text.clone()),
@@ -168,21 +169,20 @@ impl Message {
         };
         let version = required("specversion")?;
         if version != "1.0" {
-            return Err(Unreadable::SpecVersion(version.chars().take(32).collect()));
+            return Err(Unreadable::SpecVersion(excerpt(&version)));
         }
         let mut event = Event::new(required("id")?, required("source")?, required("type")?)?;
-        if let Some(content_type) = &self.content_type {
-            event.set("datacontenttype", Value::Text(content_type.clone()))?;
-        }
         for (name, value) in found {
             event.set(name, value.clone())?;
         }
-        event.data = self.payload(limits)?;
+        if let Some(content_type) = given(&self.content_type) {
+            event.set("datacontenttype", Value::Text(content_type))?;
+        }
+        event.set_body(&self.body, limits)?;
         Ok(event)
     }
 
     fn read_plain(&self, limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
-        let given = |property: &Option<String>| property.clone().filter(|text| !text.is_empty());
         let id = given(&self.message_id).unwrap_or_else(fresh_id);
         let source = given(&self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
             "" => "/amqp".into(),
@@ -208,31 +208,8 @@ impl Message {
                 let _ = event.set(name, value.clone());
             }
         }
-        event.data = self.payload(limits)?;
+        event.set_body(&self.body, limits)?;
         Ok(event)
-    }
-
-    /// The body by its type. Without one, what starts like a JSON object, list or string must be JSON.
-    fn payload(&self, limits: Limits) -> Result<Option<Data>, Unreadable> {
-        let body = self.body.as_slice();
-        if body.is_empty() {
-            return Ok(None);
-        }
-        let content_type = self.content_type.as_deref().unwrap_or_default();
-        let utf8 = || std::str::from_utf8(body).map(str::to_owned);
-        Ok(Some(if content_type.is_empty() {
-            match (body.trim_ascii_start().first(), json::check(body, limits.depth)) {
-                (_, Ok(raw)) => Data::Json(raw),
-                (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
-                _ => utf8().map_or_else(|_| Data::Bytes(body.to_vec()), Data::Text),
-            }
-        } else if is_json(content_type) {
-            Data::Json(json::check(body, limits.depth)?)
-        } else if content_type.to_ascii_lowercase().starts_with("text/") {
-            Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?)
-        } else {
-            Data::Bytes(body.to_vec())
-        }))
     }
 
     /// The event in binary form, for this exchange. Its key is what the partition is chosen by.
@@ -267,6 +244,39 @@ impl Message {
             body: event.data.as_ref().map(|d| d.as_bytes().to_vec()).unwrap_or_default(),
         }
     }
+}
+
+impl Event {
+    /// Takes a body for its data, by its content type. Without one, what starts like a JSON object, list or string must
+    /// be JSON; other text is called so, because no content type means JSON to readers of the structured form.
+    pub(crate) fn set_body(&mut self, body: &[u8], limits: Limits) -> Result<(), Unreadable> {
+        let utf8 = || std::str::from_utf8(body).map(str::to_owned);
+        self.data = match self.content_type.as_deref() {
+            _ if body.is_empty() => None,
+            Some(json) if is_json(json) => Some(Data::Json(json::check(body, limits.depth)?)),
+            Some(text) if text.to_ascii_lowercase().starts_with("text/") => {
+                Some(Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?))
+            }
+            Some(_) => Some(Data::Bytes(body.to_vec())),
+            None => match (body.trim_ascii_start().first(), json::check(body, limits.depth)) {
+                (_, Ok(raw)) => Some(Data::Json(raw)),
+                (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
+                _ => match utf8() {
+                    Ok(text) => {
+                        self.content_type = Some("text/plain".into());
+                        Some(Data::Text(text))
+                    }
+                    Err(_) => Some(Data::Bytes(body.to_vec())),
+                },
+            },
+        };
+        Ok(())
+    }
+}
+
+/// A property that says something.
+fn given(property: &Option<String>) -> Option<String> {
+    property.clone().filter(|text| !text.is_empty())
 }
 
 /// `cloudEvents_<name>` or, as AMQP 1.0 SDKs write it, `cloudEvents:<name>`.

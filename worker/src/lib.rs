@@ -1,1 +1,32 @@
-//! tmp
+//! AMQP in, stores, handlers: the shell around the laws. Embed it with [`Worker::builder`], or run `warren-worker`.
+//!
+//! ```no_run
+//! use warren_worker::{Reply, Worker};
+//! # async fn f(settings: warren_shared::env::Settings) -> anyhow::Result<()> {
+//! let worker = Worker::builder(settings)
+//!     .handle("order.placed", |event, _cx| async move {
+//!         println!("order {}", event.id());
+//!         Ok(Reply::done())
+//!     })
+//!     .build()
+//!     .map_err(|mistakes| anyhow::anyhow!(mistakes.join("\n")))?;
+//! worker.run(warren_worker::shutdown::signals()?).await
+//! # }
+//! ```
+pub mod admin;
+pub mod cli;
+pub mod config;
+pub mod consumer;
+pub mod dead;
+mod fault;
+pub mod handler;
+mod job;
+pub mod metrics;
+pub mod outbox;
+pub mod pipeline;
+pub mod shutdown;
+pub mod store;
+pub mod worker;
+
+pub use handler::{Context, Failure, Reply};
+pub use worker::Worker;

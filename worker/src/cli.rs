@@ -1,0 +1,284 @@
+//! The commands of `warren-worker`.
+use crate::dead::{Dead, Filter, Letter, Treatment, describe};
+use crate::shutdown;
+use crate::worker::{Worker, open, worker_name};
+use clap::{Args, Parser, Subcommand};
+use std::process::ExitCode;
+use warren_publisher::declare::{self, Found};
+use warren_publisher::process::{self, count, exit};
+use warren_publisher::{Broker, BrokerError};
+use warren_shared::env::{Reader, Settings, help};
+use warren_shared::topology::{Declaration, Topology};
+
+/// Handles events from RabbitMQ: each once, in order for its key, urgent ones first.
+#[derive(Parser)]
+#[command(name = "warren-worker", version, after_help = help(Reader::Worker))]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the worker; SIGTERM drains it, a second one interrupts what runs
+    Run,
+    /// Check configuration, routes, store, broker and topology; report all problems at once, change nothing
+    Check,
+    /// Show the topology and what the broker has of it
+    Topology {
+        /// Declare what is missing
+        #[arg(long)]
+        apply: bool,
+    },
+    /// Dead letters
+    #[command(subcommand)]
+    Dead(DeadCommand),
+}
+
+#[derive(Subcommand)]
+enum DeadCommand {
+    /// List them, oldest first
+    List {
+        #[command(flatten)]
+        which: Which,
+        /// One JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one in full, payload included
+    Show {
+        /// The event's id
+        id: String,
+    },
+    /// Publish them to the pool again, in order; each is removed once the broker has confirmed it
+    Replay {
+        #[command(flatten)]
+        which: Which,
+        /// All of them
+        #[arg(long)]
+        all: bool,
+    },
+    /// Remove them for ever
+    Drop {
+        #[command(flatten)]
+        which: Which,
+        /// All of them
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Args)]
+struct Which {
+    /// Only of this reason
+    #[arg(long)]
+    reason: Option<String>,
+    /// Only of this event type
+    #[arg(long = "type")]
+    kind: Option<String>,
+    /// Only of this event id
+    #[arg(long)]
+    id: Option<String>,
+}
+
+impl Which {
+    fn filter(self) -> Filter {
+        Filter { reason: self.reason, kind: self.kind, id: self.id }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.reason.is_none() && self.kind.is_none() && self.id.is_none()
+    }
+}
+
+/// Runs a command line; what `main` does.
+#[must_use]
+pub fn main() -> ExitCode {
+    process::with_deep_stacks();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return process::usage(&error),
+    };
+    let settings = match process::settings(Reader::Worker) {
+        Ok(settings) => settings,
+        Err(code) => return code,
+    };
+    let worker = match Worker::builder(settings.clone()).build() {
+        Ok(worker) => worker,
+        Err(mistakes) => {
+            eprintln!("the routes have {}:", count(mistakes.len(), "mistake"));
+            mistakes.iter().for_each(|mistake| eprintln!("  {mistake}"));
+            return ExitCode::from(exit::USAGE);
+        }
+    };
+    let ran = process::run(async move {
+        let topology = worker.topology();
+        match cli.command {
+            Command::Run => worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS),
+            Command::Check => check(&settings, &topology).await,
+            Command::Topology { apply } => plan(&settings, &topology, apply).await,
+            Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
+        }
+    });
+    match ran {
+        Ok(code) => code,
+        Err(error) if error.is::<crate::store::StoreError>() => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit::UNAVAILABLE)
+        }
+        Err(error) => process::fail(&error),
+    }
+}
+
+async fn check(settings: &Settings, topology: &Topology) -> anyhow::Result<ExitCode> {
+    // Variables and routes were read on the way here.
+    println("ok       configuration and routes")?;
+    let mut worst = 0;
+    let mut tell = |what: &str, result: Result<(), (u8, String)>| -> anyhow::Result<()> {
+        match result {
+            Ok(()) => println(&format!("ok       {what}")),
+            Err((code, problem)) => {
+                worst = worst.max(code);
+                println(&format!("problem  {what}: {problem}"))
+            }
+        }
+    };
+    let store = open(&settings.database, &worker_name(settings));
+    tell("store", store.map(|_| ()).map_err(|e| (exit::UNAVAILABLE, e.to_string())))?;
+    let broker = Broker::new(settings.amqp_url.clone(), "warren-worker check");
+    match broker.connect_within("check", settings.connect_timeout).await {
+        Err(error) => {
+            let code = if matches!(error, BrokerError::Url(_)) { exit::USAGE } else { exit::UNAVAILABLE };
+            tell("broker", Err((code, error.to_string())))?;
+        }
+        Ok(link) => {
+            tell("broker", Ok(()))?;
+            let found = declare::inspect(&link, &topology.declarations()).await;
+            link.close().await;
+            match found {
+                Err(error) => tell("topology", Err((exit::UNAVAILABLE, error.to_string())))?,
+                Ok(found) => {
+                    let missing = found.iter().filter(|f| **f == Found::Missing).count();
+                    for found in &found {
+                        if let Found::Different(how) = found {
+                            tell("topology", Err((exit::USAGE, how.clone())))?;
+                        }
+                    }
+                    let note = if missing == 0 { "complete".into() } else { format!("{missing} to be declared") };
+                    println(&format!("ok       topology ({note})"))?;
+                }
+            }
+        }
+    }
+    Ok(ExitCode::from(worst))
+}
+
+async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::Result<ExitCode> {
+    let broker = Broker::new(settings.amqp_url.clone(), "warren-worker topology");
+    let link = broker.connect_within("topology", settings.connect_timeout).await?;
+    let declarations = topology.declarations();
+    if apply {
+        declare::apply(&link, &declarations).await?;
+    }
+    let found = declare::inspect(&link, &declarations).await?;
+    link.close().await;
+    for (declaration, found) in declarations.iter().zip(&found) {
+        let state = match found {
+            Found::Same => "there",
+            Found::Missing => "missing",
+            Found::Different(_) => "DIFFERENT",
+            Found::Unknown if apply => "bound",
+            Found::Unknown => "binding",
+        };
+        let what = match declaration {
+            Declaration::Exchange { name, kind, .. } => format!("exchange {name} ({})", kind.as_str()),
+            Declaration::Foreign { name } => format!("exchange {name} (of another team)"),
+            Declaration::Queue { name, .. } => format!("queue    {name}"),
+            Declaration::Binding { source, destination, key, arguments } => {
+                let by = match arguments.last() {
+                    Some((name, value)) => format!("{name} = {value:?}"),
+                    None => key.clone(),
+                };
+                format!("{source} -> {} ({by})", destination.name())
+            }
+        };
+        let how = if let Found::Different(how) = found { format!(": {how}") } else { String::new() };
+        println(&format!("{state:<9} {what}{how}"))?;
+    }
+    let missing = found.iter().filter(|f| **f == Found::Missing).count();
+    let different = found.iter().filter(|f| matches!(f, Found::Different(_))).count();
+    match (missing, different) {
+        (0, 0) => eprintln!("the broker has all of it"),
+        (missing, 0) => eprintln!("{missing} missing: 'warren-worker topology --apply' declares them"),
+        (_, different) => eprintln!("{different} different: nothing can be declared until they are out of the way"),
+    }
+    Ok(if different > 0 { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS })
+}
+
+async fn dead(dead: Dead, command: DeadCommand) -> anyhow::Result<ExitCode> {
+    let (which, all, treatment) = match command {
+        DeadCommand::List { which, json } => return list(&dead, which.filter(), json).await,
+        DeadCommand::Show { id } => return show(&dead, id).await,
+        DeadCommand::Replay { which, all } => (which, all, Treatment::Replay),
+        DeadCommand::Drop { which, all } => (which, all, Treatment::Drop),
+    };
+    if which.is_empty() != all {
+        eprintln!("say which: --reason, --type or --id, or --all for every dead letter");
+        return Ok(ExitCode::from(exit::USAGE));
+    }
+    let done = dead.treat(&which.filter(), treatment).await?;
+    let verb = if treatment == Treatment::Replay { "replayed" } else { "dropped" };
+    for (reason, n) in &done {
+        eprintln!("{verb} {n} of reason {reason}");
+    }
+    println(&serde_json::json!({verb: done.values().sum::<u64>()}).to_string())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(dead: &Dead, filter: Filter, json: bool) -> anyhow::Result<ExitCode> {
+    let mut by_reason = std::collections::BTreeMap::<String, u64>::new();
+    if !json {
+        println(&row(["DIED", "REASON", "TYPE", "ID", "KEY", "ATTEMPTS", "ERROR"]))?;
+    }
+    let shown = dead.each(&filter, |letter, _| {
+        *by_reason.entry(letter.reason.clone()).or_default() += 1;
+        if json {
+            return println(&serde_json::to_string(&letter)?);
+        }
+        let Letter { at, reason, kind, id, key, attempts, error, .. } = &letter;
+        let at = at.get(..19).unwrap_or(at);
+        println(&row([at, reason, kind, id, key, &attempts.to_string(), error]))
+    });
+    shown.await?;
+    let parts: Vec<String> = by_reason.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+    eprintln!("{}", if parts.is_empty() { "no dead letters".into() } else { parts.join(", ") });
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn show(dead: &Dead, id: String) -> anyhow::Result<ExitCode> {
+    let mut found = 0;
+    let filter = Filter { id: Some(id.clone()), ..Filter::default() };
+    let shown = dead.each(&filter, |letter, message| {
+        found += 1;
+        println(&describe(&letter, &message))
+    });
+    shown.await?;
+    if found == 0 {
+        eprintln!("no dead letter has the id '{id}'");
+        return Ok(ExitCode::from(exit::FAILED));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(cells: [&str; 7]) -> String {
+    let widths = [19, 17, 24, 36, 16, 8, 0];
+    let cell = |(text, width): (&str, usize)| {
+        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        format!("{text:<width$}")
+    };
+    cells.into_iter().zip(widths).map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned()
+}
+
+fn println(line: &str) -> anyhow::Result<()> {
+    Ok(process::print(line)?)
+}

@@ -1,0 +1,233 @@
+//! The lines that Warren and a program exchange: one JSON object each, in both directions.
+use super::{Call, Outcome, Reply};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::time::Duration;
+use warren_shared::{Event, Identity, env, json};
+
+/// A program's words are cut here: a dead letter's header takes no more.
+const ERROR_LIMIT: usize = 1024;
+
+/// Appends the line that hands an event over.
+pub(super) fn write(call: &Call, out: &mut Vec<u8>) {
+    use std::io::Write;
+    let now = jiff::Timestamp::now();
+    let deadline = now.checked_add(call.context.timeout).unwrap_or(jiff::Timestamp::MAX);
+    let (event, attempt) = (call.event.to_json(), call.attempt);
+    writeln!(out, "{{\"event\":{event},\"attempt\":{attempt},\"deadline\":\"{deadline:.3}\"}}")
+        .expect("a vector takes all that is written");
+}
+
+/// A line of a program that names an event.
+pub(super) struct Answer<'a> {
+    /// Which event.
+    pub(super) identity: Identity,
+    said: Result<Said<'a>, &'static str>,
+}
+
+/// A line of a program that names none.
+#[derive(Debug)]
+pub(super) struct NoAnswer;
+
+#[derive(Deserialize)]
+struct Name<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow)]
+    source: Cow<'a, str>,
+}
+
+/// What is said about the event stays unparsed until the event is known: its limits apply.
+#[derive(Deserialize)]
+struct Said<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow)]
+    source: Cow<'a, str>,
+    #[serde(borrow)]
+    status: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+    #[serde(borrow)]
+    after: Option<&'a RawValue>,
+    #[serde(borrow)]
+    result: Option<&'a RawValue>,
+    #[serde(borrow)]
+    emit: Option<&'a RawValue>,
+}
+
+impl<'a> Answer<'a> {
+    /// Reads a line.
+    pub(super) fn read(line: &'a [u8]) -> Result<Self, NoAnswer> {
+        // A derived reader would take a list for an object.
+        if !line.trim_ascii_start().starts_with(b"{") {
+            return Err(NoAnswer);
+        }
+        if let Ok(said) = serde_json::from_slice::<Said<'_>>(line) {
+            return Ok(Self { identity: Identity::of(&said.source, &said.id), said: Ok(said) });
+        }
+        // Whoever can be told from the line must not wait for another: all else that is wrong is a member given twice.
+        let name: Name<'_> = serde_json::from_slice(line).map_err(|_| NoAnswer)?;
+        Ok(Self { identity: Identity::of(&name.source, &name.id), said: Err("it names a member twice") })
+    }
+
+    /// What it means for the call that it answers. An answer that means nothing is one that trying again cannot help:
+    /// the program does not speak the protocol.
+    pub(super) fn outcome(self, call: &Call) -> Outcome {
+        let outcome = self.said.map_err(str::to_owned).and_then(|said| said.outcome(call));
+        outcome.unwrap_or_else(|error| Outcome::Dead { error: format!("the program's answer is wrong: {error}") })
+    }
+}
+
+impl Said<'_> {
+    fn outcome(&self, call: &Call) -> Result<Outcome, String> {
+        let Some(status) = self.status else {
+            return Err("it has no 'status', which is done, retry or dead".into());
+        };
+        let error = || match self.error {
+            Some(raw) => text(raw).unwrap_or_else(|| plain(raw.get(), ERROR_LIMIT)),
+            None => "the program gave no 'error'".into(),
+        };
+        match text(status).as_deref() {
+            Some("done") => Ok(Outcome::Done(Reply { result: self.result(call)?, emit: self.emit(call)? })),
+            Some("retry") => Ok(Outcome::Retry { error: error(), after: self.after()? }),
+            Some("dead") => Ok(Outcome::Dead { error: error() }),
+            _ => Err(format!("'status' is {}, not one of: done, retry, dead", plain(status.get(), 32))),
+        }
+    }
+
+    fn result(&self, call: &Call) -> Result<Option<serde_json::Value>, String> {
+        let Some(raw) = self.result else { return Ok(None) };
+        let (text, limits) = (raw.get(), call.context.limits);
+        if text.len() > limits.body {
+            return Err(format!("result: it has {} bytes, the limit is {}", text.len(), limits.body));
+        }
+        // It travels as an event's data, so it must be what data must be.
+        json::check(text.as_bytes(), limits.depth).map_err(|e| format!("result: it is {e}"))?;
+        serde_json::from_str(text).map(Some).map_err(|_| "result: it holds a number that is none".into())
+    }
+
+    fn emit(&self, call: &Call) -> Result<Vec<Event>, String> {
+        let Some(raw) = self.emit else { return Ok(Vec::new()) };
+        let list: Vec<&RawValue> = serde_json::from_str(raw.get()).map_err(|_| "'emit' is not a list of events")?;
+        let read = |(i, raw): (usize, &&RawValue)| {
+            call.emitted(i, raw.get().as_bytes()).map_err(|error| format!("emit[{i}]: {error}"))
+        };
+        list.iter().enumerate().map(read).collect()
+    }
+
+    fn after(&self) -> Result<Option<Duration>, String> {
+        let Some(raw) = self.after else { return Ok(None) };
+        let text = text(raw).ok_or("'after' is not a string such as \"5s\"")?;
+        env::duration(&text).map(Some).map_err(|error| format!("after: {error}"))
+    }
+}
+
+fn text(raw: &RawValue) -> Option<String> {
+    let text: String = serde_json::from_str(raw.get()).ok()?;
+    Some(plain(&text, ERROR_LIMIT))
+}
+
+/// Words of a program on one line that is not longer than this: nothing in them can forge a line of a log.
+pub(super) fn plain(text: &str, limit: usize) -> String {
+    let text = &text[..text.floor_char_boundary(limit)];
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handler::Context;
+    use std::sync::Arc;
+
+    fn call() -> Call {
+        let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
+        let context = Context { timeout: Duration::from_secs(5), pool: "p".into(), limits: Default::default() };
+        Call { event: Arc::new(event.expect("valid")), attempt: 3, context }
+    }
+
+    fn outcome(rest: &str) -> Outcome {
+        let line = format!("{{\"id\":\"\\u00fc\\\"1\",\"source\":\"/s\"{rest}}}");
+        let answer = Answer::read(line.as_bytes()).expect("it names the event");
+        assert_eq!(answer.identity, call().event.identity());
+        answer.outcome(&call())
+    }
+
+    fn is_dead(rest: &str, wanted: &str) {
+        match outcome(rest) {
+            Outcome::Dead { error } => assert!(error.contains(wanted), "{rest}: {error}"),
+            other => panic!("{rest}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_line_with_attempt_and_deadline() {
+        let mut out = Vec::new();
+        write(&call(), &mut out);
+        let text = String::from_utf8(out).expect("UTF-8");
+        assert_eq!(text.matches('\n').count(), 1, "{text}");
+        let line: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!((&line["event"]["id"], &line["attempt"]), (&"ü\"1".into(), &3.into()));
+        assert!(line["deadline"].as_str().expect("text").parse::<jiff::Timestamp>().expect("a time") > jiff::Timestamp::now());
+    }
+
+    #[test]
+    fn the_three_outcomes_are_read() {
+        match outcome(",\"status\":\"done\",\"result\":{\"a\":[1]},\"emit\":[{\"type\":\"x\"},{\"type\":\"y\",\"id\":\"7\"}]") {
+            Outcome::Done(reply) => {
+                assert_eq!(reply.result, Some(serde_json::json!({"a": [1]})));
+                assert_eq!((reply.emit[0].kind(), reply.emit[1].id()), ("x", "7"));
+                assert_eq!(reply.emit[0].key(), call().event.key());
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(outcome(",\"status\":\"retry\",\"error\":\"e\",\"after\":\"5s\""),
+            Outcome::Retry { error, after: Some(Duration::from_secs(5)) } if error == "e"));
+        assert!(matches!(outcome(",\"status\":\"dead\",\"error\":\"a\\nb\""), Outcome::Dead { error } if error == "a b"));
+    }
+
+    #[test]
+    fn null_is_as_good_as_absent() {
+        let done = outcome(",\"status\":\"done\",\"error\":null,\"after\":null,\"result\":null,\"emit\":null,\"more\":1");
+        assert!(matches!(done, Outcome::Done(Reply { result: None, emit }) if emit.is_empty()));
+        let retry = outcome(",\"status\":\"retry\",\"error\":null,\"after\":null");
+        assert!(matches!(retry, Outcome::Retry { error, after: None } if error.contains("no 'error'")));
+    }
+
+    #[test]
+    fn an_error_that_is_no_string_is_taken_as_it_stands() {
+        assert!(matches!(outcome(",\"status\":\"retry\",\"error\":{\"code\":5}"),
+            Outcome::Retry { error, .. } if error == "{\"code\":5}"));
+        let long = format!(",\"status\":\"dead\",\"error\":\"{}\"", "ü".repeat(5000));
+        assert!(matches!(outcome(&long), Outcome::Dead { error } if error.len() == ERROR_LIMIT));
+    }
+
+    #[test]
+    fn a_wrong_answer_says_what_is_wrong() {
+        is_dead("", "no 'status'");
+        is_dead(",\"status\":\"ok\"", "'status' is \"ok\", not one of: done, retry, dead");
+        is_dead(",\"status\":1", "'status' is 1");
+        is_dead(",\"status\":\"retry\",\"after\":5", "'after' is not a string");
+        is_dead(",\"status\":\"retry\",\"after\":\"soon\"", "after: 'soon' is not a duration");
+        is_dead(",\"status\":\"done\",\"emit\":{}", "'emit' is not a list");
+        is_dead(",\"status\":\"done\",\"emit\":[{\"type\":\"a\"},{}]", "emit[1]: the attribute 'type' is missing");
+        is_dead(",\"status\":\"done\",\"emit\":[5]", "emit[0]: ");
+        is_dead(",\"status\":\"done\",\"result\":{\"a\":1,\"a\":2}", "result: it is an object that names");
+        is_dead(&format!(",\"status\":\"done\",\"result\":{}1{}", "[".repeat(5000), "]".repeat(5000)), "nested deeper");
+        is_dead(",\"status\":\"done\",\"result\":1e999", "result: ");
+        is_dead(",\"status\":\"done\",\"status\":\"dead\"", "names a member twice");
+    }
+
+    #[test]
+    fn a_line_that_names_no_event_is_no_answer() {
+        for line in [
+            "", "hello", "5", "[\"i\",\"s\",\"done\"]", "{", "{}", "{\"id\":1,\"source\":\"s\",\"status\":\"done\"}",
+            "{\"id\":\"i\",\"status\":\"done\"}", "{\"id\":\"i\",\"id\":\"j\",\"source\":\"s\"}",
+            "{\"id\":\"i\",\"source\":\"s\"} {}", "{\"id\":\"\\ud800\",\"source\":\"s\"}",
+        ] {
+            assert!(Answer::read(line.as_bytes()).is_err(), "{line}");
+        }
+        assert!(Answer::read(b"{\"id\":\"i\",\"source\":\"s\",\"result\":\"\xff\"}").is_err());
+    }
+}

@@ -1,0 +1,127 @@
+//! The handler contract: an event and its context in, an outcome out. Handlers return, they do not send.
+//!
+//! A new kind of handler is a file here, a variant of `config::Kind` and a line in [`build`].
+mod exec;
+mod log;
+mod rust;
+
+pub use rust::{Failure, Rust};
+
+use crate::config::{Kind, Route};
+use futures_util::future::BoxFuture;
+use std::sync::Arc;
+use std::time::Duration;
+use warren_shared::event::{Event, Limits, Unreadable};
+use warren_shared::structured::Defaults;
+
+/// One call of a handler.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// The event.
+    pub event: Arc<Event>,
+    /// The attempt, counted from 1.
+    pub attempt: u32,
+    /// What the handler may ask.
+    pub context: Context,
+}
+
+/// What surrounds a call.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// How long the handler may take.
+    pub timeout: Duration,
+    /// The pool; emitted events come from it.
+    pub pool: Arc<str>,
+    /// How large emitted events may be.
+    pub limits: Limits,
+}
+
+/// What a handler did.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It succeeded.
+    Done(Reply),
+    /// It failed; trying again may help.
+    Retry {
+        /// Why.
+        error: String,
+        /// Not before so long.
+        after: Option<Duration>,
+    },
+    /// It failed; trying again cannot help.
+    Dead {
+        /// Why.
+        error: String,
+    },
+    /// The call was ended from outside and does not count.
+    Interrupted,
+}
+
+/// What a successful handler returns.
+#[derive(Debug, Default)]
+pub struct Reply {
+    /// The result, JSON.
+    pub result: Option<serde_json::Value>,
+    /// Events to publish, in this order.
+    pub emit: Vec<Event>,
+}
+
+impl Reply {
+    /// Nothing to say.
+    #[must_use]
+    pub fn done() -> Self {
+        Self::default()
+    }
+
+    /// The same with one more event to publish.
+    #[must_use]
+    pub fn emit(mut self, event: Event) -> Self {
+        self.emit.push(event);
+        self
+    }
+}
+
+/// A handler, however it runs.
+pub trait Handler: Send + Sync + 'static {
+    /// Handles one event. Dropping the future ends the call.
+    fn handle(&self, call: Call) -> BoxFuture<'static, Outcome>;
+
+    /// Ends what the handler started. No call is running any more.
+    fn close(&self) -> BoxFuture<'static, ()> {
+        Box::pin(async {})
+    }
+}
+
+/// Makes a route's handler.
+#[must_use]
+pub fn build(route: &Route) -> Arc<dyn Handler> {
+    match &route.kind {
+        Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
+        Kind::Log => Arc::new(log::Log),
+        Kind::Rust(handler) => handler.clone(),
+    }
+}
+
+impl Call {
+    /// What the `index`th emitted event takes where it says nothing: an id derived from this event's identity (so a
+    /// second run emits the same ids), this event's key and trace.
+    #[must_use]
+    pub fn defaults(&self, index: usize) -> Defaults {
+        let trace = self.event.extension("traceparent").map(ToString::to_string);
+        Defaults {
+            id: self.event.identity().derive(&format!("emit {index}")),
+            source: format!("/warren/{}", self.context.pool),
+            time: jiff::Timestamp::now().to_string(),
+            key: self.event.key().into_owned(),
+            trace,
+        }
+    }
+
+    /// Reads an emitted event, which may leave out everything but its `type`.
+    ///
+    /// # Errors
+    /// Says why it is not an event.
+    pub fn emitted(&self, index: usize, json: &[u8]) -> Result<Event, Unreadable> {
+        Event::from_partial(json, self.context.limits, self.defaults(index))
+    }
+}

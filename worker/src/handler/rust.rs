@@ -1,0 +1,90 @@
+//! Handlers that are Rust functions.
+use super::{Call, Context, Handler, Outcome, Reply};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+use warren_shared::Event;
+
+/// Why a Rust handler failed. Any error converts into one that is tried again.
+#[derive(Debug)]
+pub struct Failure {
+    error: String,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Retry(Option<Duration>),
+    Dead,
+}
+
+impl Failure {
+    /// Trying again may help.
+    pub fn retry(error: impl ToString) -> Self {
+        Self { error: error.to_string(), kind: Kind::Retry(None) }
+    }
+
+    /// Trying again may help, not before so long.
+    pub fn retry_after(error: impl ToString, after: Duration) -> Self {
+        Self { error: error.to_string(), kind: Kind::Retry(Some(after)) }
+    }
+
+    /// Trying again cannot help.
+    pub fn dead(error: impl ToString) -> Self {
+        Self { error: error.to_string(), kind: Kind::Dead }
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::retry(error)
+    }
+}
+
+type Function = dyn Fn(Event, Context) -> BoxFuture<'static, Result<Reply, Failure>> + Send + Sync;
+
+/// A handler that is a Rust function.
+#[derive(Clone)]
+pub struct Rust(Arc<Function>);
+
+impl std::fmt::Debug for Rust {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Rust")
+    }
+}
+
+impl Rust {
+    /// Wraps a function. It must not block its thread: the broker's heartbeats run beside it.
+    pub fn new<F, Fut>(function: F) -> Self
+    where
+        F: Fn(Event, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        Self(Arc::new(move |event, context| Box::pin(function(event, context))))
+    }
+}
+
+impl Handler for Rust {
+    fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
+        let function = self.0.clone();
+        Box::pin(async move {
+            let timeout = call.context.timeout;
+            // The function itself may panic before it returns its future.
+            let work =
+                AssertUnwindSafe(async move { function((*call.event).clone(), call.context).await }).catch_unwind();
+            match tokio::time::timeout(timeout, work).await {
+                Ok(Ok(Ok(reply))) => Outcome::Done(reply),
+                Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
+                Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
+                Ok(Err(panic)) => {
+                    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+                    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+                    Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
+                }
+                Err(_) => Outcome::Retry { error: format!("no answer within {timeout:?}"), after: None },
+            }
+        })
+    }
+}

@@ -1,0 +1,210 @@
+//! A delivery on its way through the worker: what it is, and what its outcome writes.
+use crate::consumer::{Proof, Ticket};
+use crate::handler::Reply;
+use crate::store::{Effect, Outcome, Seen};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+use warren_shared::dead::{self, Cause, Scene};
+use warren_shared::delivery::{Action, Doom, State};
+use warren_shared::retry::Step;
+use warren_shared::topology::{BUS, Topology};
+use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
+use warren_shared::{Event, Identity, Incoming, Message, Unreadable};
+
+/// What a delivery holds.
+#[derive(Debug)]
+pub(crate) enum Content {
+    /// An event.
+    Event {
+        event: Arc<Event>,
+        identified: Identified,
+        attempt: u32,
+        replayed: u32,
+        /// The route that takes it.
+        route: Option<usize>,
+    },
+    /// No event.
+    Message(Box<(Message, Unreadable)>),
+}
+
+/// A delivery and where it stands.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) ticket: Ticket,
+    pub(crate) redelivered: bool,
+    pub(crate) content: Content,
+    pub(crate) state: State,
+    /// The hash of its key, where the schedule handed it out.
+    pub(crate) key: Option<u64>,
+    /// What the handler returned.
+    pub(crate) reply: Reply,
+    /// What the handler complained about last.
+    pub(crate) error: String,
+    /// Why it may be acked.
+    pub(crate) proof: Option<Proof>,
+    /// Ends the handler, or the wait in place.
+    pub(crate) abort: Option<tokio::task::AbortHandle>,
+    pub(crate) since: Instant,
+}
+
+/// What all jobs of a worker share.
+#[derive(Debug)]
+pub(crate) struct House {
+    pub(crate) topology: Topology,
+    pub(crate) worker: String,
+}
+
+impl Job {
+    pub(crate) fn of_event(ticket: Ticket, redelivered: bool, incoming: Incoming, route: Option<usize>) -> Self {
+        let Incoming { event, identified, attempt, replayed, .. } = incoming;
+        let content = Content::Event { event: Arc::new(event), identified, attempt, replayed, route };
+        Self::new(ticket, redelivered, content)
+    }
+
+    pub(crate) fn of_message(ticket: Ticket, redelivered: bool, message: Box<(Message, Unreadable)>) -> Self {
+        Self::new(ticket, redelivered, Content::Message(message))
+    }
+
+    fn new(ticket: Ticket, redelivered: bool, content: Content) -> Self {
+        let (state, since) = (State::Received, Instant::now());
+        Self {
+            ticket,
+            redelivered,
+            content,
+            state,
+            key: None,
+            reply: Reply::default(),
+            error: String::new(),
+            proof: None,
+            abort: None,
+            since,
+        }
+    }
+
+    pub(crate) fn event(&self) -> Option<&Arc<Event>> {
+        match &self.content {
+            Content::Event { event, .. } => Some(event),
+            Content::Message(_) => None,
+        }
+    }
+
+    pub(crate) fn route(&self) -> Option<usize> {
+        match &self.content {
+            Content::Event { route, .. } => *route,
+            Content::Message(_) => None,
+        }
+    }
+
+    pub(crate) fn attempt(&self) -> u32 {
+        match &self.content {
+            Content::Event { attempt, .. } => *attempt,
+            Content::Message(_) => 1,
+        }
+    }
+
+    /// How the inbox knows it; none where it cannot be told from its copies.
+    pub(crate) fn seen(&self) -> Option<Seen> {
+        match &self.content {
+            Content::Event { event, identified: Identified::ByItself, replayed, .. } => {
+                Some(Seen { identity: event.identity(), replayed: *replayed })
+            }
+            _ => None,
+        }
+    }
+
+    /// What starts are counted under. An event without an id of its own is known by its content: it gets another id at
+    /// every delivery, and would otherwise kill the process for ever.
+    pub(crate) fn suspect(&self) -> Option<Identity> {
+        match &self.content {
+            Content::Event { event, identified: Identified::ByItself, .. } => Some(event.identity()),
+            Content::Event { event, .. } => {
+                let body = event.data().map(|data| data.as_bytes()).unwrap_or_default();
+                let digest = Uuid::new_v5(&Uuid::NAMESPACE_OID, body).to_string();
+                Some(Identity::of(&format!("{}\0{}", event.source(), event.kind()), &digest))
+            }
+            Content::Message(_) => None,
+        }
+    }
+
+    /// What the commit of its outcome writes.
+    pub(crate) fn effect(&mut self, house: &House, handler: &str) -> Option<Effect> {
+        let event = self.event()?.clone();
+        let (outcome, out) = match self.state.action() {
+            Action::CommitDone => {
+                let message = |event: &Event| {
+                    let mut message = Message::write(event, BUS);
+                    if let Some(lane) = event.lane() {
+                        message.set(LANE, lane);
+                    }
+                    message
+                };
+                (Outcome::Done, self.reply.emit.iter().map(message).collect())
+            }
+            Action::CommitDead(doom) => {
+                let cause = self.cause(doom, handler);
+                let replayed = self.seen().map_or(0, |seen| seen.replayed);
+                let lane = &self.ticket.place().lane_name;
+                let letter = dead::of_event(&event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
+                (Outcome::Dead, vec![letter])
+            }
+            _ => return None,
+        };
+        let partition = self.ticket.place().queue.clone();
+        Some(Effect { seen: self.seen(), outcome, started: self.started(), partition, out })
+    }
+
+    fn started(&self) -> Option<Identity> {
+        if self.redelivered { self.suspect() } else { None }
+    }
+
+    pub(crate) fn cause(&self, doom: Doom, handler: &str) -> Cause {
+        let (reason, attempts, error) = match doom {
+            Doom::NoRoute => {
+                let kind = self.event().map(|e| e.kind().to_owned()).unwrap_or_default();
+                ("no-route", 0, format!("no route takes the type '{kind}': add one, then replay"))
+            }
+            Doom::Permanent { attempts } => ("permanent", attempts, self.error.clone()),
+            Doom::Exhausted { attempts } => ("exhausted", attempts, self.error.clone()),
+            Doom::Crash { attempts } => {
+                ("crash", attempts, "the worker's process died whenever it handled this event".to_owned())
+            }
+        };
+        Cause { reason, error, attempts, handler: handler.to_owned() }
+    }
+
+    /// The copy that waits in a delay queue, or the dead letter of what is no event.
+    pub(crate) fn copy(&self, house: &House, now_ms: i64) -> Option<Message> {
+        match (self.state.action(), &self.content) {
+            (Action::Park { after, attempt }, Content::Event { event, replayed, .. }) => {
+                let mut message = Message::write(event, &house.topology.delay(Step::toward(after)));
+                message.set(ATTEMPT, attempt);
+                message.set(LANE, self.ticket.place().lane_name.as_str());
+                message.set(DUE, now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
+                if *replayed > 0 {
+                    message.set(REPLAYED, *replayed);
+                }
+                Some(message)
+            }
+            (Action::Bury, Content::Message(message)) => {
+                let (message, why) = message.as_ref();
+                let cause = Cause { reason: why.reason(), error: why.to_string(), attempts: 0, handler: String::new() };
+                let mut letter = dead::of_message(message.clone(), &cause, &house.scene(), &house.topology.dead());
+                letter.set(LANE, self.ticket.place().lane_name.as_str());
+                Some(letter)
+            }
+            _ => None,
+        }
+    }
+
+    /// How long it has been here.
+    pub(crate) fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+}
+
+impl House {
+    pub(crate) fn scene(&self) -> Scene {
+        Scene { worker: self.worker.clone(), at: jiff::Timestamp::now().to_string() }
+    }
+}

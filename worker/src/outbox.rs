@@ -1,0 +1,147 @@
+//! The outbox's relay: publishes committed rows with confirms, in order per key, and forgets them.
+//!
+//! Rows are published in waves in which each key stands once: a row that the broker refuses is repeated before the
+//! next row of its key goes out. A crash between confirm and forgetting repeats rows with the same ids.
+use crate::consumer::Subscriptions;
+use crate::fault;
+use crate::metrics::{self, names};
+use crate::store::{Row, Store};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use warren_publisher::{Publisher, Refused};
+use warren_shared::topology::BUS;
+
+/// The way into the relay.
+#[derive(Clone, Debug)]
+pub struct Outbox {
+    rows: mpsc::UnboundedSender<Vec<Row>>,
+    pending: Arc<AtomicUsize>,
+}
+
+/// Rows that are published at once.
+const WAVE: usize = 512;
+
+impl Outbox {
+    /// Starts the relay.
+    #[must_use]
+    pub fn start(store: Arc<dyn Store>, publisher: Publisher, topology: Arc<Subscriptions>) -> Self {
+        let (rows, inbox) = mpsc::unbounded_channel();
+        let pending = Arc::new(AtomicUsize::new(0));
+        let relay = Relay { store, publisher, topology, inbox, pending: pending.clone(), queue: VecDeque::new() };
+        tokio::spawn(relay.run());
+        Self { rows, pending }
+    }
+
+    /// Hands committed rows over, in their order.
+    pub fn push(&self, rows: Vec<Row>) {
+        self.pending.fetch_add(rows.len(), Ordering::AcqRel);
+        // The relay ends only when all handles are gone.
+        let _ = self.rows.send(rows);
+    }
+
+    /// Rows that are not yet confirmed and forgotten.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.pending.load(Ordering::Acquire)
+    }
+}
+
+struct Relay {
+    store: Arc<dyn Store>,
+    publisher: Publisher,
+    topology: Arc<Subscriptions>,
+    inbox: mpsc::UnboundedReceiver<Vec<Row>>,
+    pending: Arc<AtomicUsize>,
+    queue: VecDeque<Row>,
+}
+
+impl Relay {
+    async fn run(mut self) {
+        while let Some(rows) = self.inbox.recv().await {
+            self.queue.extend(rows);
+            let mut failures = 0;
+            while !self.queue.is_empty() {
+                while self.queue.len() < WAVE
+                    && let Ok(more) = self.inbox.try_recv()
+                {
+                    self.queue.extend(more);
+                }
+                if self.wave().await {
+                    failures = 0;
+                } else {
+                    failures += 1;
+                    tokio::time::sleep(Duration::from_millis(100 * (1 << failures.min(5)))).await;
+                }
+            }
+        }
+    }
+
+    /// Publishes the first row of each key; returns whether all of them went out.
+    async fn wave(&mut self) -> bool {
+        let (mut wave, mut rest) = (Vec::new(), VecDeque::new());
+        let mut keys: HashMap<String, ()> = HashMap::new();
+        for row in self.queue.drain(..) {
+            let key = row.message.correlation_id.clone().unwrap_or_default();
+            if wave.len() < WAVE && keys.insert(key, ()).is_none() {
+                wave.push(row);
+            } else {
+                rest.push_back(row);
+            }
+        }
+        let outcomes = self.publisher.publish_all(wave.iter().map(|row| row.message.clone()).collect()).await;
+        fault::point("outbox-published");
+        let (mut sent, mut kept, mut missing) = (Vec::new(), Vec::new(), false);
+        for (row, outcome) in wave.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(_) => {
+                    if row.message.exchange == BUS {
+                        metrics::count(names::EMITTED, 1);
+                    }
+                    sent.push(row.id);
+                }
+                Err(Refused::Returned { .. }) if row.message.exchange == BUS => {
+                    metrics::count(names::UNHEARD, 1);
+                    tracing::debug!(id = row.message.message_id, r#type = row.message.kind, "nobody subscribes to it");
+                    sent.push(row.id);
+                }
+                Err(refused) => {
+                    missing |= matches!(refused, Refused::Returned { .. } | Refused::Forbidden(_));
+                    tracing::error!(
+                        id = row.message.message_id,
+                        exchange = row.message.exchange,
+                        %refused,
+                        "an outgoing message is refused, trying again"
+                    );
+                    kept.push(row);
+                }
+            }
+        }
+        let complete = kept.is_empty();
+        kept.into_iter().rev().for_each(|row| rest.push_front(row));
+        self.queue = rest;
+        if !sent.is_empty() {
+            let count = sent.len();
+            self.forget(sent).await;
+            fault::point("outbox-marked");
+            self.pending.fetch_sub(count, Ordering::AcqRel);
+        }
+        if missing && let Err(error) = self.topology.repair().await {
+            tracing::error!(%error, "the topology cannot be declared again");
+        }
+        complete
+    }
+
+    /// Until the store takes it: rows that stay would be published again by the next owner.
+    async fn forget(&self, rows: Vec<i64>) {
+        let mut pause = Duration::from_millis(50);
+        while let Err(error) = self.store.sent(rows.clone()).await {
+            metrics::count(names::STORE_ERRORS, 1);
+            tracing::warn!(%error, "published rows cannot be forgotten yet");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The store: what the fleet remembers. One trait, one exam (`exam.rs`), one file an implementation.
+//!
+//! Architecture invariant: SQL stands in this directory only, and only this directory makes a [`Committed`].
+mod sqlite;
+
+#[cfg(test)]
+mod exam;
+
+pub use sqlite::Sqlite;
+
+use futures_util::future::BoxFuture;
+use std::sync::Arc;
+use std::time::Duration;
+use warren_shared::{Identity, Message};
+
+/// Proof that an event's outcome is durable. Only the store makes one.
+///
+/// ```compile_fail
+/// let forged = warren_worker::store::Committed(());
+/// ```
+#[derive(Debug)]
+#[must_use]
+pub struct Committed(());
+
+/// Why the store did not do it. Nothing was changed; the same call is safe to repeat.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// It cannot be opened.
+    #[error("the store '{path}' cannot be opened ({cause}): {cure}")]
+    Open {
+        /// Which.
+        path: String,
+        /// What it said.
+        cause: String,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// It was written by a newer version.
+    #[error(
+        "the store has schema {found}, this version knows up to {known}: start the newer version, or use another DATABASE_URL"
+    )]
+    Newer {
+        /// What it has.
+        found: i64,
+        /// What this version knows.
+        known: i64,
+    },
+    /// It does not answer, or refuses to write (locked, full, gone).
+    #[error("the store does not take it: {0}")]
+    Unavailable(String),
+}
+
+/// A call's answer.
+pub type Reply<T> = BoxFuture<'static, Result<T, StoreError>>;
+
+/// Which outcome an event has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Handled.
+    Done,
+    /// Dead-lettered.
+    Dead,
+}
+
+/// An event, as the inbox knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Which.
+    pub identity: Identity,
+    /// How often it was replayed. A death counts up to its own replay: a later replay is a new chance.
+    pub replayed: u32,
+}
+
+/// What one event's handling changes.
+#[derive(Clone, Debug)]
+pub struct Effect {
+    /// The event; none where it cannot be told from its copies.
+    pub seen: Option<Seen>,
+    /// Its outcome.
+    pub outcome: Outcome,
+    /// The record of its start to take back.
+    pub started: Option<Identity>,
+    /// The partition that it came from: outgoing events keep its order.
+    pub partition: String,
+    /// What it sends.
+    pub out: Vec<Message>,
+}
+
+/// What became of an effect.
+#[derive(Debug)]
+pub enum Recorded {
+    /// It is durable; the outbox rows have these ids, in the order of `out`.
+    Fresh(Committed, Vec<i64>),
+    /// Another copy's outcome was there first; this one was dropped whole.
+    Superseded(Committed),
+}
+
+/// What is known of an event's earlier starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Start {
+    /// Recorded starts before this one that never finished.
+    pub unfinished: u32,
+    /// Attempts that failed in place.
+    pub failed: u32,
+}
+
+/// A row of the outbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Its id; ascending in the order of commits.
+    pub id: i64,
+    /// The partition that it belongs to.
+    pub partition: String,
+    /// What to publish.
+    pub message: Message,
+}
+
+/// Whose outbox rows to take over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// All of a partition, whoever wrote them: the broker made us its active consumer.
+    In(String),
+    /// All of workers that were not heard of for so long.
+    Silent(Duration),
+}
+
+/// What every store does. Calls that change something are atomic and may be repeated.
+pub trait Store: Send + Sync + 'static {
+    /// Which of these have an outcome.
+    fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>>;
+    /// Counts a start of each, and tells what was known before.
+    fn start(&self, events: Vec<Identity>) -> Reply<Vec<Start>>;
+    /// Takes one start of each back.
+    fn unstart(&self, events: Vec<Identity>) -> Reply<()>;
+    /// Notes that so many attempts failed in place; the start is over.
+    fn note(&self, event: Identity, failed: u32) -> Reply<()>;
+    /// Records effects in one transaction, in their order.
+    fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>>;
+    /// Makes outbox rows ours and returns them in order.
+    fn adopt(&self, left: Left) -> Reply<Vec<Row>>;
+    /// Forgets rows that were published.
+    fn sent(&self, rows: Vec<i64>) -> Reply<()>;
+    /// Says that this worker lives.
+    fn beat(&self) -> Reply<()>;
+    /// Forgets a part of what is older than the window; called often, covers everything in turn.
+    fn prune(&self, window: Duration) -> Reply<u64>;
+    /// What tells this store from all others.
+    fn identity(&self) -> &str;
+}

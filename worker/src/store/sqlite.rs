@@ -1,0 +1,298 @@
+//! The store in a file: SQLite in WAL mode with `synchronous=FULL`, shared by the processes of one machine.
+//!
+//! One thread owns the connection and does one call after the other; a batch is a call, a call is a transaction.
+use super::{Committed, Effect, Left, Outcome, Recorded, Reply, Row, Seen, Start, Store, StoreError};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::oneshot;
+use warren_shared::{Identity, Message};
+
+/// The schema, a step an entry; a store remembers how many it has.
+const SCHEMA: [&str; 1] = ["
+    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE inbox (identity BLOB PRIMARY KEY, outcome INTEGER NOT NULL, replayed INTEGER NOT NULL, at INTEGER NOT NULL)
+        WITHOUT ROWID;
+    CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
+        WITHOUT ROWID;
+    CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, worker TEXT NOT NULL, partition TEXT NOT NULL,
+        envelope TEXT NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE workers (id TEXT PRIMARY KEY, seen INTEGER NOT NULL) WITHOUT ROWID;
+"];
+
+const DONE: i64 = 0;
+const DEAD: i64 = 1;
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// The store in a file.
+#[derive(Debug)]
+pub struct Sqlite {
+    jobs: mpsc::Sender<Job>,
+    worker: String,
+    identity: String,
+    slice: std::sync::atomic::AtomicU8,
+}
+
+impl Sqlite {
+    /// Opens the file, makes it where it is missing, and brings its schema up to date. `worker` must be unique to this
+    /// run of the process: outbox rows belong to it.
+    ///
+    /// # Errors
+    /// Says why it cannot be used and what to do.
+    pub fn open(path: &Path, worker: &str) -> Result<Self, StoreError> {
+        let refuse = |error: rusqlite::Error| {
+            let cure = match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::DiskFull) => "make room on the disk, or set DATABASE_URL to another place",
+                Some(rusqlite::ErrorCode::NotADatabase) => "the file is something else, set DATABASE_URL to another",
+                Some(rusqlite::ErrorCode::DatabaseBusy) => "another process holds it locked, stop that first",
+                _ => "make file and directory writable for this user, or set DATABASE_URL to another place",
+            };
+            StoreError::Open { path: path.display().to_string(), cause: error.to_string(), cure }
+        };
+        let mut connection = Connection::open(path).map_err(refuse)?;
+        prepare(&connection).map_err(refuse)?;
+        migrate(&mut connection, refuse)?;
+        let identity = identity(&mut connection).map_err(refuse)?;
+
+        let (jobs, queue) = mpsc::channel::<Job>();
+        std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || queue.into_iter().for_each(|job| job(&mut connection)))
+            .map_err(|e| StoreError::Unavailable(e.to_string()))?;
+        Ok(Self { jobs, worker: worker.into(), identity, slice: 0.into() })
+    }
+
+    /// Runs a transaction on the store's thread.
+    fn run<T, F>(&self, work: F) -> Reply<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    {
+        let (tell, answer) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            let result = connection
+                .transaction_with_behavior(TransactionBehavior::Immediate)
+                .and_then(|tx| work(&tx).and_then(|value| tx.commit().map(|()| value)))
+                .map_err(|e| StoreError::Unavailable(e.to_string()));
+            // The caller may have been dropped by a drain.
+            let _ = tell.send(result);
+        });
+        let sent = self.jobs.send(job);
+        Box::pin(async move {
+            let gone = || StoreError::Unavailable("its thread has ended".into());
+            sent.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())?
+        })
+    }
+}
+
+fn prepare(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.set_prepared_statement_cache_capacity(64);
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "cache_size", -16_000)
+}
+
+/// Under one write lock: eight workers that start at once make the schema once.
+fn migrate(connection: &mut Connection, refuse: impl Fn(rusqlite::Error) -> StoreError) -> Result<(), StoreError> {
+    let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&refuse)?;
+    let found: i64 = tx.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(&refuse)?;
+    let known = SCHEMA.len() as i64;
+    if found > known {
+        return Err(StoreError::Newer { found, known });
+    }
+    for step in SCHEMA.iter().skip(usize::try_from(found).unwrap_or(0)) {
+        tx.execute_batch(step).map_err(&refuse)?;
+    }
+    tx.pragma_update(None, "user_version", known).map_err(&refuse)?;
+    tx.commit().map_err(&refuse)
+}
+
+fn identity(connection: &mut Connection) -> rusqlite::Result<String> {
+    let fresh = uuid::Uuid::new_v4().to_string();
+    connection.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?1)", [&fresh])?;
+    connection.query_row("SELECT value FROM meta WHERE name = 'identity'", [], |row| row.get(0))
+}
+
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// Whether a row of the inbox makes this event known.
+fn known(tx: &Transaction<'_>, seen: &Seen) -> rusqlite::Result<bool> {
+    let mut find = tx.prepare_cached("SELECT outcome, replayed FROM inbox WHERE identity = ?1")?;
+    let row: Option<(i64, u32)> =
+        find.query_row([seen.identity.as_bytes()], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+    Ok(row.is_some_and(|(outcome, replayed)| outcome == DONE || replayed >= seen.replayed))
+}
+
+fn record(tx: &Transaction<'_>, worker: &str, effect: &Effect, at: i64) -> rusqlite::Result<Recorded> {
+    if let Some(identity) = effect.started {
+        tx.prepare_cached("DELETE FROM starts WHERE identity = ?1")?.execute([identity.as_bytes()])?;
+    }
+    if let Some(seen) = &effect.seen {
+        // First come, first served: the row is the claim. Only the death of an earlier replay gives way.
+        let outcome = if effect.outcome == Outcome::Done { DONE } else { DEAD };
+        let mut insert = tx.prepare_cached(
+            "INSERT INTO inbox VALUES (?1, ?2, ?3, ?4) ON CONFLICT (identity) DO UPDATE
+             SET outcome = excluded.outcome, replayed = excluded.replayed, at = excluded.at
+             WHERE outcome = 1 AND replayed < excluded.replayed",
+        )?;
+        if insert.execute(params![seen.identity.as_bytes(), outcome, seen.replayed, at])? == 0 {
+            return Ok(Recorded::Superseded(Committed(())));
+        }
+    }
+    let mut rows = Vec::with_capacity(effect.out.len());
+    for message in &effect.out {
+        let envelope = serde_json::to_string(message).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))?;
+        tx.prepare_cached("INSERT INTO outbox (worker, partition, envelope, body) VALUES (?1, ?2, ?3, ?4)")?
+            .execute(params![worker, effect.partition, envelope, message.body])?;
+        rows.push(tx.last_insert_rowid());
+    }
+    Ok(Recorded::Fresh(Committed(()), rows))
+}
+
+fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
+    let envelope: String = row.get(2)?;
+    let mut message: Message = serde_json::from_str(&envelope)
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(2, rusqlite::types::Type::Text, e.into()))?;
+    message.body = row.get(3)?;
+    Ok(Row { id: row.get(0)?, partition: row.get(1)?, message })
+}
+
+impl Store for Sqlite {
+    fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>> {
+        let (tell, answer) = oneshot::channel();
+        // A read: no transaction, so that it never waits for another process that writes.
+        let job: Job = Box::new(move |connection| {
+            let read = || -> rusqlite::Result<Vec<Option<Committed>>> {
+                let tx = connection.unchecked_transaction()?;
+                asked.iter().map(|seen| Ok(known(&tx, seen)?.then_some(Committed(())))).collect()
+            };
+            let _ = tell.send(read().map_err(|e| StoreError::Unavailable(e.to_string())));
+        });
+        let sent = self.jobs.send(job);
+        Box::pin(async move {
+            let gone = || StoreError::Unavailable("its thread has ended".into());
+            sent.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())?
+        })
+    }
+
+    fn start(&self, events: Vec<Identity>) -> Reply<Vec<Start>> {
+        self.run(move |tx| {
+            let mut upsert = tx.prepare_cached(
+                "INSERT INTO starts VALUES (?1, 1, 0, ?2)
+                 ON CONFLICT (identity) DO UPDATE SET starts = starts + 1, at = excluded.at RETURNING starts, failed",
+            )?;
+            let before = |row: &rusqlite::Row<'_>| {
+                Ok(Start { unfinished: row.get::<_, u32>(0)?.saturating_sub(1), failed: row.get(1)? })
+            };
+            events.iter().map(|event| upsert.query_row(params![event.as_bytes(), now()], before)).collect()
+        })
+    }
+
+    fn unstart(&self, events: Vec<Identity>) -> Reply<()> {
+        self.run(move |tx| {
+            for event in &events {
+                tx.prepare_cached("UPDATE starts SET starts = max(starts - 1, 0) WHERE identity = ?1")?
+                    .execute([event.as_bytes()])?;
+                tx.prepare_cached("DELETE FROM starts WHERE identity = ?1 AND starts = 0 AND failed = 0")?
+                    .execute([event.as_bytes()])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn note(&self, event: Identity, failed: u32) -> Reply<()> {
+        self.run(move |tx| {
+            tx.prepare_cached(
+                "INSERT INTO starts VALUES (?1, 0, ?2, ?3)
+                 ON CONFLICT (identity) DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
+            )?
+            .execute(params![event.as_bytes(), failed, now()])?;
+            Ok(())
+        })
+    }
+
+    fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            let at = now();
+            effects.iter().map(|effect| record(tx, &worker, effect, at)).collect()
+        })
+    }
+
+    fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            let columns = "id, partition, envelope, body";
+            match left {
+                Left::In(partition) => {
+                    let rows = tx
+                        .prepare_cached(&format!(
+                            "SELECT {columns} FROM outbox WHERE partition = ?1 AND worker <> ?2 ORDER BY id"
+                        ))?
+                        .query_map(params![partition, worker], row)?
+                        .collect::<rusqlite::Result<Vec<Row>>>()?;
+                    tx.execute("UPDATE outbox SET worker = ?2 WHERE partition = ?1", params![partition, worker])?;
+                    Ok(rows)
+                }
+                Left::Silent(age) => {
+                    let before = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+                    let silent = "worker <> ?1 AND worker NOT IN (SELECT id FROM workers WHERE seen >= ?2)";
+                    let rows = tx
+                        .prepare_cached(&format!("SELECT {columns} FROM outbox WHERE {silent} ORDER BY id"))?
+                        .query_map(params![worker, before], row)?
+                        .collect::<rusqlite::Result<Vec<Row>>>()?;
+                    tx.execute(&format!("UPDATE outbox SET worker = ?1 WHERE {silent}"), params![worker, before])?;
+                    tx.execute("DELETE FROM workers WHERE seen < ?1", [before])?;
+                    Ok(rows)
+                }
+            }
+        })
+    }
+
+    fn sent(&self, rows: Vec<i64>) -> Reply<()> {
+        self.run(move |tx| {
+            for id in &rows {
+                tx.prepare_cached("DELETE FROM outbox WHERE id = ?1")?.execute([id])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn beat(&self) -> Reply<()> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            tx.execute(
+                "INSERT INTO workers VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
+                params![worker, now()],
+            )?;
+            Ok(())
+        })
+    }
+
+    fn prune(&self, window: Duration) -> Reply<u64> {
+        // A 256th of the identities a call: no index on time to pay for at every commit, no long pause here.
+        let slice = self.slice.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let before = now() - i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
+        self.run(move |tx| {
+            let from = vec![slice];
+            let to = if slice == u8::MAX { vec![u8::MAX; 17] } else { vec![slice + 1] };
+            let mut gone = 0;
+            for table in ["inbox", "starts"] {
+                let sql = format!("DELETE FROM {table} WHERE identity >= ?1 AND identity < ?2 AND at < ?3");
+                gone += tx.prepare_cached(&sql)?.execute(params![from, to, before])?;
+            }
+            Ok(gone as u64)
+        })
+    }
+
+    fn identity(&self) -> &str {
+        &self.identity
+    }
+}

@@ -1,0 +1,270 @@
+//! A worker: the parts put together, run, and drained.
+use crate::admin::{self, Vitals};
+use crate::config::{self, Kind, Route, Routes};
+use crate::consumer::{Phase, Subscriptions};
+use crate::handler::{self, Context, Failure, Handler, Reply, Rust};
+use crate::job::House;
+use crate::metrics::{self, names};
+use crate::outbox::Outbox;
+use crate::pipeline::{self, Order as Command, Parts, Pulse};
+use crate::shutdown::Stop;
+use crate::store::{Left, Sqlite, Store};
+use anyhow::Context as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+use warren_publisher::declare::{self};
+use warren_publisher::publish::Options;
+use warren_publisher::{Broker, Publisher};
+use warren_shared::Event;
+use warren_shared::env::{Database, Declare, Settings};
+use warren_shared::pattern::Pattern;
+use warren_shared::topology::{Order, Topology};
+
+/// Puts a worker together.
+#[derive(Debug)]
+pub struct Builder {
+    settings: Settings,
+    routes: Routes,
+    mistakes: Vec<String>,
+}
+
+/// A worker that is ready to run.
+#[derive(Debug)]
+pub struct Worker {
+    settings: Settings,
+    routes: Routes,
+}
+
+impl Worker {
+    /// A worker with these settings; the routes that they name come first.
+    #[must_use]
+    pub fn builder(settings: Settings) -> Builder {
+        let (routes, mistakes) = match config::routes(&settings) {
+            Ok(routes) => (routes, Vec::new()),
+            Err(mistakes) => (Routes::default(), mistakes),
+        };
+        Builder { settings, routes, mistakes }
+    }
+}
+
+impl Builder {
+    /// Handles events of a type or pattern with a Rust function.
+    #[must_use]
+    pub fn handle<F, Fut>(mut self, on: &str, function: F) -> Self
+    where
+        F: Fn(Event, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        match Pattern::parse(on) {
+            Ok(on) => {
+                let kind = Kind::Rust(Arc::new(Rust::new(function)));
+                self.routes.push(Route { on, kind, timeout: config::TIMEOUT, law: config::law(&self.settings) });
+            }
+            Err(mistake) => self.mistakes.push(mistake),
+        }
+        self
+    }
+
+    /// Handles events whose data is JSON of a Rust type. Data of another shape is dead-lettered.
+    #[must_use]
+    pub fn handle_json<T, F, Fut>(self, on: &str, function: F) -> Self
+    where
+        T: serde::de::DeserializeOwned + Send,
+        F: Fn(T, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        let function = Arc::new(function);
+        self.handle(on, move |event, context| {
+            let function = function.clone();
+            async move {
+                let data = event.json::<T>().map_err(|e| Failure::dead(format!("the data has another shape: {e}")))?;
+                function(data, context).await
+            }
+        })
+    }
+
+    /// The worker, if nothing is wrong with it.
+    ///
+    /// # Errors
+    /// Every mistake in the routes.
+    pub fn build(self) -> Result<Worker, Vec<String>> {
+        if self.mistakes.is_empty() {
+            Ok(Worker { settings: self.settings, routes: self.routes })
+        } else {
+            Err(self.mistakes)
+        }
+    }
+}
+
+/// Handlers that finish need this long for commit, confirm and ack.
+const SETTLE: Duration = Duration::from_secs(3);
+
+impl Worker {
+    /// The topology that it needs.
+    #[must_use]
+    pub fn topology(&self) -> Topology {
+        config::topology(&self.settings, &self.routes)
+    }
+
+    /// Runs until told to stop, then drains.
+    ///
+    /// # Errors
+    /// Why it cannot start. Once it runs, it waits for whatever fails.
+    pub async fn run(self, mut stop: Stop) -> anyhow::Result<()> {
+        let Self { settings, routes } = self;
+        let name = worker_name(&settings);
+        // Outbox rows belong to one run of one process, whatever its name: the suffix makes a successor a stranger.
+        let run = format!("{name}#{}", uuid::Uuid::new_v4().simple());
+        let recorder = metrics::install();
+        let topology = config::topology(&settings, &routes);
+        let store = open(&settings.database, &run)?;
+        store.beat().await?;
+
+        let broker = Broker::new(settings.amqp_url.clone(), format!("warren-worker {name}"));
+        let link = broker.connect_within("publish", settings.connect_timeout).await?;
+        match settings.declare {
+            Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
+            Declare::Never => declare::check(&link, &topology.declarations()).await?,
+        }
+        let options = Options { timeout: settings.publish_timeout, ..Options::default() };
+        let publisher = Publisher::start(broker.clone(), link, options);
+        let subscriptions = Subscriptions::new(broker, &topology, settings.declare, settings.prefetch, settings.limits);
+        let outbox = Outbox::start(store.clone(), publisher.clone(), subscriptions.clone());
+
+        let pulse = Arc::new(Pulse::default());
+        pulse.turned.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+        let vitals = Vitals {
+            pulse: pulse.clone(),
+            subscriptions: subscriptions.clone(),
+            wanted: topology.lanes.iter().count() * usize::from(topology.partitions),
+            publisher: publisher.health(),
+            draining: Arc::new(AtomicBool::new(false)),
+        };
+        if let Some(address) = settings.admin_addr {
+            let serving = admin::serve(address, vitals.clone(), recorder).await;
+            serving.with_context(|| format!("WARREN_ADMIN_ADDR: cannot serve on {address}"))?;
+        }
+
+        let handlers: Vec<(Route, Arc<dyn Handler>)> =
+            routes.iter().map(|route| (route.clone(), handler::build(route))).collect();
+        let closers: Vec<Arc<dyn Handler>> = handlers.iter().map(|(_, handler)| handler.clone()).collect();
+        let find = routes.clone();
+        let running = pipeline::start(Parts {
+            routes: handlers,
+            find: Box::new(move |kind| find.find(kind)),
+            law: config::law(&settings),
+            house: House { topology: topology.clone(), worker: name.clone() },
+            context: Context { timeout: config::TIMEOUT, pool: settings.pool.as_str().into(), limits: settings.limits },
+            concurrency: settings.concurrency,
+            owned: settings.order == Order::Key,
+            store: store.clone(),
+            publisher,
+            outbox: outbox.clone(),
+            subscriptions: subscriptions.clone(),
+            pulse,
+        });
+        let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
+        let (phase, phases) = watch::channel(Phase::Taking);
+        let tasks = subscriptions.start(&topology, &running.news, &phases);
+        tracing::info!(
+            worker = name,
+            pool = settings.pool,
+            routes = routes.iter().count(),
+            partitions = vitals.wanted,
+            "worker '{name}' takes events"
+        );
+
+        let _ = stop.recv().await;
+        let timeout = settings.drain_timeout;
+        tracing::info!(?timeout, "draining: taking nothing more, finishing what runs (a second signal interrupts it)");
+        vitals.draining.store(true, Ordering::Relaxed);
+        phase.send_replace(Phase::Holding);
+        let soft = timeout.saturating_sub(SETTLE).max(timeout / 2);
+        let (tell, mut drained) = oneshot::channel();
+        let _ = running.orders.send(Command::Drain(tell));
+        let in_time = tokio::select! {
+            _ = &mut drained => true,
+            () = tokio::time::sleep(soft) => false,
+            _ = stop.recv() => false,
+        };
+        if !in_time {
+            let _ = running.orders.send(Command::Interrupt);
+            if tokio::time::timeout(SETTLE, &mut drained).await.is_err() {
+                tracing::warn!("some events could not be settled: the broker delivers them again");
+            }
+        }
+        flush(&outbox, SETTLE).await;
+        phase.send_replace(Phase::Closing);
+        let closed = futures_util::future::join_all(tasks);
+        let _ = tokio::time::timeout(SETTLE, closed).await;
+        futures_util::future::join_all(closers.iter().map(|handler| handler.close())).await;
+        keeper.abort();
+        let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
+        tracing::info!(worker = name, "drained");
+        Ok(())
+    }
+}
+
+/// Waits until everything recorded is published. What is not stays in the store for the next owner.
+async fn flush(outbox: &Outbox, patience: Duration) {
+    let deadline = tokio::time::Instant::now() + patience;
+    while outbox.pending() > 0 {
+        if tokio::time::Instant::now() >= deadline {
+            tracing::warn!(rows = outbox.pending(), "outgoing events stay in the store for the next worker");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Opens the store that the settings name.
+///
+/// # Errors
+/// Why it cannot be used.
+pub fn open(database: &Database, run: &str) -> Result<Arc<dyn Store>, crate::store::StoreError> {
+    match database {
+        Database::Sqlite(path) => Ok(Arc::new(Sqlite::open(Path::new(path), run)?)),
+    }
+}
+
+/// The worker's name: as set, else host name and pid.
+#[must_use]
+pub fn worker_name(settings: &Settings) -> String {
+    settings.worker_id.clone().unwrap_or_else(|| {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = host.trim();
+        format!("{}-{}", if host.is_empty() { "worker" } else { host }, std::process::id())
+    })
+}
+
+/// A worker that was not heard of for so long is dead: its outbox rows are published by another.
+const SILENT: Duration = Duration::from_secs(20);
+const BEAT: Duration = Duration::from_secs(5);
+
+/// Tells the store that this worker lives, adopts what dead workers left, and prunes by time.
+async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
+    let mut tick = tokio::time::interval(BEAT);
+    loop {
+        tick.tick().await;
+        let kept = async {
+            store.beat().await?;
+            let rows = store.adopt(Left::Silent(SILENT)).await?;
+            if !rows.is_empty() {
+                tracing::info!(rows = rows.len(), "publishing what dead workers left");
+                outbox.push(rows);
+            }
+            store.prune(retention).await
+        };
+        match kept.await {
+            Ok(0) => {}
+            Ok(rows) => tracing::debug!(rows, "forgot old ids"),
+            Err(error) => {
+                metrics::count(names::STORE_ERRORS, 1);
+                tracing::warn!(%error, "the store cannot be kept in order now");
+            }
+        }
+    }
+}
