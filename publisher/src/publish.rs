@@ -434,23 +434,23 @@ impl Wire {
     /// before its first wait) makes sure that it is applied whole, and draining the ready confirms finds the return.
     fn barrier(&mut self) -> Vec<(Entry, Outcome)> {
         use futures_util::FutureExt;
+        let mut outcomes = Vec::new();
         self.drain();
-        let head_confirmed = self.flying.first_key_value().is_some_and(|(_, f)| f.confirmed.is_some());
-        if !head_confirmed || self.failure.is_some() {
-            return Vec::new();
-        }
-        let certain: Vec<u64> =
-            self.flying.iter().take_while(|(_, f)| f.confirmed.is_some()).map(|(sequence, _)| *sequence).collect();
-        let _ = self.channel.wait_for_confirms().now_or_never();
-        self.drain();
-        certain
-            .into_iter()
-            .filter_map(|sequence| {
-                let flight = self.flying.remove(&sequence)?;
+        // Draining may resolve more of them: again, until nothing at the head is resolved.
+        while self.failure.is_none() {
+            let certain = self.flying.values().take_while(|flight| flight.confirmed.is_some()).count();
+            if certain == 0 {
+                break;
+            }
+            let _ = self.channel.wait_for_confirms().now_or_never();
+            self.drain();
+            for _ in 0..certain {
+                let Some((_, flight)) = self.flying.pop_first() else { break };
                 let confirmed = flight.confirmed.unwrap_or(Err(Refused::Unknown));
-                Some((flight.entry, flight.returned.map_or(confirmed, Err)))
-            })
-            .collect()
+                outcomes.push((flight.entry, flight.returned.map_or(confirmed, Err)));
+            }
+        }
+        outcomes
     }
 
     fn drain(&mut self) {

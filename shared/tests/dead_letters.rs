@@ -86,6 +86,8 @@ fn a_letter_says_why_where_and_when() {
     }
     assert_eq!(letter.number("warren-dead-attempts"), Some(8));
     assert_eq!(letter.header("warren-replayed"), None);
+    let again = dead::of_event(&event, 1, "low", &cause("again"), &scene(), "warren.orders.dead");
+    assert_eq!(again.number("warren-replayed"), Some(1));
     assert_eq!(letter.exchange, "warren.orders.dead");
 }
 

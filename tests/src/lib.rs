@@ -1,1 +1,13 @@
-//! tmp
+//! The laboratory of the end-to-end tests: a broker, worker and publisher processes, and a ledger of what happened.
+//!
+//! Each test has a vhost, a store and a directory of its own (under `target/`), so tests run side by side. Processes
+//! end with the test, by their own pids.
+pub mod broker;
+pub mod lab;
+pub mod ledger;
+pub mod process;
+
+pub use broker::Rabbit;
+pub use lab::{Lab, event, events, until};
+pub use ledger::{Ledger, Sink};
+pub use process::Process;

@@ -4,22 +4,21 @@
 //! so a program that takes one after the other is not blamed for its queue. Whoever is known to be at fault pays with an
 //! attempt; where nobody knows, each suspect runs alone.
 use super::line::{self, Answer};
-use super::program::Program;
+use super::program::{Held, Out, Program};
 use super::{Call, Handler, Outcome};
 use crate::config::Command;
 use futures_util::future::BoxFuture;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
-use warren_shared::Identity;
 
 /// Unanswered events a program holds.
 const WINDOW: usize = 256;
-/// Bytes that are made ready before they are written: a batch, without copying the whole window of large events.
+/// Bytes that are read, or made ready before they are written: a batch, never a whole window of large events.
 const BATCH: usize = 1 << 16;
 /// The longest line that is read: a body at its limit, and what stands around it.
 const LINE_LIMIT: usize = (16 << 20) + (64 << 10);
@@ -51,16 +50,37 @@ struct Gauge {
     troubled: AtomicBool,
 }
 
-/// A call that counts in its slot's gauge.
+/// A call that waits for its answer.
 struct Asked {
     call: Call,
     tell: oneshot::Sender<Outcome>,
-    gauge: Arc<Gauge>,
+    _load: Load,
 }
 
-impl Drop for Asked {
+impl Asked {
+    /// Tells the caller, who may have left.
+    fn tell(self, outcome: Outcome) {
+        let _ = self.tell.send(outcome);
+    }
+
+    fn retry(self, why: &str) {
+        self.tell(Outcome::Retry { error: why.into(), after: None });
+    }
+}
+
+/// A call in a slot's gauge, for as long as it lives.
+struct Load(Arc<Gauge>);
+
+impl Load {
+    fn on(gauge: &Arc<Gauge>) -> Self {
+        gauge.calls.fetch_add(1, Relaxed);
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Load {
     fn drop(&mut self) {
-        self.gauge.calls.fetch_sub(1, Relaxed);
+        self.0.calls.fetch_sub(1, Relaxed);
     }
 }
 
@@ -101,9 +121,8 @@ impl Handler for Exec {
             let burden = |door: &&Door| (door.gauge.troubled.load(Relaxed), door.gauge.calls.load(Relaxed));
             let (tell, answer) = oneshot::channel();
             if let Some(door) = doors.iter().min_by_key(burden) {
-                door.gauge.calls.fetch_add(1, Relaxed);
-                // Where the slot has ended, the answer never comes either.
-                let _ = door.calls.send(Asked { call, tell, gauge: door.gauge.clone() });
+                // Where the slot has ended, `tell` is dropped with what could not be sent.
+                let _ = door.calls.send(Asked { call, tell, _load: Load::on(&door.gauge) });
             }
             match answer.await {
                 Ok(outcome) => outcome,
@@ -119,37 +138,6 @@ impl Handler for Exec {
             closing.send_replace(true);
             closing.closed().await;
         })
-    }
-}
-
-/// The calls that a program holds, in the order in which it got them.
-#[derive(Default)]
-struct Held {
-    next: u64,
-    calls: BTreeMap<u64, Asked>,
-    /// An event can be in the program twice: its first call was dropped, and the program cannot be told.
-    places: HashMap<Identity, VecDeque<u64>>,
-}
-
-impl Held {
-    fn push(&mut self, asked: Asked) {
-        self.places.entry(asked.call.event.identity()).or_default().push_back(self.next);
-        self.calls.insert(self.next, asked);
-        self.next += 1;
-    }
-
-    fn take(&mut self, identity: Identity) -> Option<Asked> {
-        let places = self.places.get_mut(&identity)?;
-        let place = places.pop_front();
-        if places.is_empty() {
-            self.places.remove(&identity);
-        }
-        self.calls.remove(&place?)
-    }
-
-    fn take_all(&mut self) -> BTreeMap<u64, Asked> {
-        self.places.clear();
-        std::mem::take(&mut self.calls)
     }
 }
 
@@ -179,7 +167,7 @@ struct Slot {
     calls: mpsc::UnboundedReceiver<Asked>,
     closing: watch::Receiver<bool>,
     gauge: Arc<Gauge>,
-    held: Held,
+    held: Held<Asked>,
     /// Taken from a program that was killed for another's sake: they come first.
     again: VecDeque<Asked>,
     /// One of them may have killed the program: each runs alone, before all others.
@@ -194,13 +182,6 @@ struct Slot {
     noise: [u64; 2],
     /// In a row, without an answer between them.
     deaths: u32,
-}
-
-/// Lines on their way to the program.
-#[derive(Default)]
-struct Out {
-    lines: Vec<u8>,
-    written: usize,
 }
 
 impl Slot {
@@ -219,7 +200,7 @@ impl Slot {
             let doubled = FIRST.saturating_mul(1 << self.deaths.saturating_sub(1).min(16));
             tokio::select! {
                 () = sleep(doubled.min(LONGEST)) => {}
-                _ = self.closing.wait_for(|closing| *closing) => return,
+                () = closed(&mut self.closing) => return,
             }
         }
     }
@@ -231,8 +212,11 @@ impl Slot {
         loop {
             self.fill(&mut out);
             let late = self.late();
+            // In this order: who is dead is given nothing more. No branch starves another: what is written is bounded by
+            // the window, and that by what is read.
             tokio::select! {
-                _ = self.closing.wait_for(|closing| *closing) => return End::Closing,
+                biased;
+                () = closed(&mut self.closing) => return End::Closing,
                 _ = program.child.wait() => return End::Ended,
                 () = sleep_until(late.map_or_else(Instant::now, |(_, at)| at)), if late.is_some() => {
                     return End::Late(late.map_or(0, |(place, _)| place));
@@ -241,12 +225,12 @@ impl Slot {
                     Some(asked) => self.again.push_back(asked),
                     None => return End::Closing,
                 },
-                written = program.stdin.write(&out.lines[out.written..]), if !out.lines.is_empty() => match written {
+                written = program.stdin.write(out.rest()), if !out.is_empty() => match written {
                     Ok(n) => out.advance(n),
                     Err(_) => return End::Ended,
                 },
                 // While it holds nothing, nothing that it says matters: the pipe fills, and a flood costs nothing.
-                read = program.stdout.read(&mut heard), if !self.held.calls.is_empty() => match read {
+                read = program.stdout.read(&mut heard), if !self.held.is_empty() => match read {
                     Ok(n @ 1..) => {
                         let before = self.noise;
                         if !self.hear(&heard[..n]) {
@@ -272,8 +256,8 @@ impl Slot {
             };
             // Its caller may have left.
             if !asked.tell.is_closed() {
-                line::write(&asked.call, &mut out.lines);
-                self.held.push(asked);
+                line::write(&asked.call, out.lines());
+                self.held.push(asked.call.event.identity(), asked);
             }
         }
         self.gauge.troubled.store(self.alone || !self.suspects.is_empty(), Relaxed);
@@ -281,16 +265,16 @@ impl Slot {
 
     fn has_room(&self, out: &Out) -> bool {
         let window = if self.alone || !self.suspects.is_empty() { 1 } else { WINDOW };
-        self.held.calls.len() < window && out.lines.len() < BATCH
+        self.held.len() < window && out.len() < BATCH
     }
 
     /// The oldest call, and when it is late.
     fn late(&mut self) -> Option<(u64, Instant)> {
-        let (place, asked) = self.held.calls.first_key_value()?;
-        if self.clock.0 != *place {
-            self.clock = (*place, Instant::now());
+        let (place, asked) = self.held.oldest()?;
+        if self.clock.0 != place {
+            self.clock = (place, Instant::now());
         }
-        Some((*place, self.clock.1 + asked.call.context.timeout))
+        Some((place, self.clock.1 + asked.call.context.timeout))
     }
 
     /// Takes in what the program said. False: a line does not end.
@@ -314,9 +298,10 @@ impl Slot {
             return;
         }
         let Ok(answer) = Answer::read(line) else { return self.note(Noise::NoAnswer) };
-        let Some(mut asked) = self.held.take(answer.identity) else { return self.note(Noise::Unasked) };
+        let Some(asked) = self.held.take(answer.identity) else { return self.note(Noise::Unasked) };
         self.deaths = 0;
-        asked.tell(answer.outcome(&asked.call));
+        let outcome = answer.outcome(&asked.call);
+        asked.tell(outcome);
     }
 
     /// Says so once, then at the 10th, the 100th …: a program that floods must not flood the log.
@@ -369,7 +354,7 @@ impl Slot {
         tracing::warn!(program = name, left, "{name} {why}, {left} events were in it: it is started again");
         if self.deaths >= BROKEN {
             let all = held.into_values().chain(self.suspects.drain(..)).chain(self.again.drain(..));
-            let why = format!("the program {why}, for the {}th time without an answer", self.deaths);
+            let why = format!("the program {why}, now {} times in a row without an answer", self.deaths);
             all.for_each(|asked| asked.retry(&why));
         } else if held.len() == 1 {
             let why = format!("the program {why} while it handled this event");
@@ -390,3 +375,12 @@ impl Slot {
         self.suspects.drain(..).chain(self.again.drain(..)).chain(waiting).for_each(|asked| asked.retry(&why));
     }
 }
+
+/// Resolves once the handler is closed or dropped.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+#[cfg(test)]
+#[path = "exec_tests.rs"]
+mod tests;

@@ -67,9 +67,10 @@ impl<'a> Answer<'a> {
         if let Ok(said) = serde_json::from_slice::<Said<'_>>(line) {
             return Ok(Self { identity: Identity::of(&said.source, &said.id), said: Ok(said) });
         }
-        // Whoever can be told from the line must not wait for another: all else that is wrong is a member given twice.
+        // An event that is named must not wait for another answer. There are two ways for the rest to be wrong.
         let name: Name<'_> = serde_json::from_slice(line).map_err(|_| NoAnswer)?;
-        Ok(Self { identity: Identity::of(&name.source, &name.id), said: Err("it names a member twice") })
+        let wrong = if str::from_utf8(line).is_ok() { "it has a member twice" } else { "it is not UTF-8" };
+        Ok(Self { identity: Identity::of(&name.source, &name.id), said: Err(wrong) })
     }
 
     /// What it means for the call that it answers. An answer that means nothing is one that trying again cannot help:
@@ -104,7 +105,7 @@ impl Said<'_> {
             return Err(format!("result: it has {} bytes, the limit is {}", text.len(), limits.body));
         }
         // It travels as an event's data, so it must be what data must be.
-        json::check(text.as_bytes(), limits.depth).map_err(|e| format!("result: it is {e}"))?;
+        json::check(text.as_bytes(), limits.depth).map_err(|e| format!("result: {e}"))?;
         serde_json::from_str(text).map(Some).map_err(|_| "result: it holds a number that is none".into())
     }
 
@@ -169,12 +170,17 @@ mod tests {
         assert_eq!(text.matches('\n').count(), 1, "{text}");
         let line: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!((&line["event"]["id"], &line["attempt"]), (&"ü\"1".into(), &3.into()));
-        assert!(line["deadline"].as_str().expect("text").parse::<jiff::Timestamp>().expect("a time") > jiff::Timestamp::now());
+        assert!(
+            line["deadline"].as_str().expect("text").parse::<jiff::Timestamp>().expect("a time")
+                > jiff::Timestamp::now()
+        );
     }
 
     #[test]
     fn the_three_outcomes_are_read() {
-        match outcome(",\"status\":\"done\",\"result\":{\"a\":[1]},\"emit\":[{\"type\":\"x\"},{\"type\":\"y\",\"id\":\"7\"}]") {
+        match outcome(
+            ",\"status\":\"done\",\"result\":{\"a\":[1]},\"emit\":[{\"type\":\"x\"},{\"type\":\"y\",\"id\":\"7\"}]",
+        ) {
             Outcome::Done(reply) => {
                 assert_eq!(reply.result, Some(serde_json::json!({"a": [1]})));
                 assert_eq!((reply.emit[0].kind(), reply.emit[1].id()), ("x", "7"));
@@ -183,13 +189,16 @@ mod tests {
             other => panic!("{other:?}"),
         }
         assert!(matches!(outcome(",\"status\":\"retry\",\"error\":\"e\",\"after\":\"5s\""),
-            Outcome::Retry { error, after: Some(Duration::from_secs(5)) } if error == "e"));
-        assert!(matches!(outcome(",\"status\":\"dead\",\"error\":\"a\\nb\""), Outcome::Dead { error } if error == "a b"));
+            Outcome::Retry { error, after: Some(after) } if error == "e" && after.as_secs() == 5));
+        assert!(
+            matches!(outcome(",\"status\":\"dead\",\"error\":\"a\\nb\""), Outcome::Dead { error } if error == "a b")
+        );
     }
 
     #[test]
     fn null_is_as_good_as_absent() {
-        let done = outcome(",\"status\":\"done\",\"error\":null,\"after\":null,\"result\":null,\"emit\":null,\"more\":1");
+        let done =
+            outcome(",\"status\":\"done\",\"error\":null,\"after\":null,\"result\":null,\"emit\":null,\"more\":1");
         assert!(matches!(done, Outcome::Done(Reply { result: None, emit }) if emit.is_empty()));
         let retry = outcome(",\"status\":\"retry\",\"error\":null,\"after\":null");
         assert!(matches!(retry, Outcome::Retry { error, after: None } if error.contains("no 'error'")));
@@ -213,21 +222,31 @@ mod tests {
         is_dead(",\"status\":\"done\",\"emit\":{}", "'emit' is not a list");
         is_dead(",\"status\":\"done\",\"emit\":[{\"type\":\"a\"},{}]", "emit[1]: the attribute 'type' is missing");
         is_dead(",\"status\":\"done\",\"emit\":[5]", "emit[0]: ");
-        is_dead(",\"status\":\"done\",\"result\":{\"a\":1,\"a\":2}", "result: it is an object that names");
+        is_dead(",\"status\":\"done\",\"result\":{\"a\":1,\"a\":2}", "result: an object names a member twice");
         is_dead(&format!(",\"status\":\"done\",\"result\":{}1{}", "[".repeat(5000), "]".repeat(5000)), "nested deeper");
         is_dead(",\"status\":\"done\",\"result\":1e999", "result: ");
-        is_dead(",\"status\":\"done\",\"status\":\"dead\"", "names a member twice");
+        is_dead(",\"status\":\"done\",\"status\":\"dead\"", "it has a member twice");
     }
 
     #[test]
     fn a_line_that_names_no_event_is_no_answer() {
         for line in [
-            "", "hello", "5", "[\"i\",\"s\",\"done\"]", "{", "{}", "{\"id\":1,\"source\":\"s\",\"status\":\"done\"}",
-            "{\"id\":\"i\",\"status\":\"done\"}", "{\"id\":\"i\",\"id\":\"j\",\"source\":\"s\"}",
-            "{\"id\":\"i\",\"source\":\"s\"} {}", "{\"id\":\"\\ud800\",\"source\":\"s\"}",
+            "",
+            "hello",
+            "5",
+            "[\"i\",\"s\",\"done\"]",
+            "{",
+            "{}",
+            "{\"id\":1,\"source\":\"s\",\"status\":\"done\"}",
+            "{\"id\":\"i\",\"status\":\"done\"}",
+            "{\"id\":\"i\",\"id\":\"j\",\"source\":\"s\"}",
+            "{\"id\":\"i\",\"source\":\"s\"} {}",
+            "{\"id\":\"\\ud800\",\"source\":\"s\"}",
         ] {
             assert!(Answer::read(line.as_bytes()).is_err(), "{line}");
         }
-        assert!(Answer::read(b"{\"id\":\"i\",\"source\":\"s\",\"result\":\"\xff\"}").is_err());
+        assert!(Answer::read(b"{\"id\":\"\xff\",\"source\":\"s\"}").is_err());
+        let answer = Answer::read(b"{\"id\":\"i\",\"source\":\"s\",\"result\":\"\xff\"}").expect("it names the event");
+        assert!(matches!(answer.outcome(&call()), Outcome::Dead { error } if error.ends_with("not UTF-8")));
     }
 }

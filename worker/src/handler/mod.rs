@@ -2,7 +2,9 @@
 //!
 //! A new kind of handler is a file here, a variant of `config::Kind` and a line in [`build`].
 mod exec;
+mod line;
 mod log;
+mod program;
 mod rust;
 
 pub use rust::{Failure, Rust};

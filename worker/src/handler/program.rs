@@ -1,5 +1,6 @@
-//! A running program: its pipes, its process group, its end.
+//! A running program: its pipes, its process group, what it holds, its end.
 use super::line::plain;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use warren_shared::Identity;
 
 /// Kept from programs: the first four are secrets, the last is the worker's own.
 const WITHHELD: [&str; 5] = ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE", "RUST_MIN_STACK"];
@@ -124,5 +126,94 @@ async fn log(stderr: ChildStderr, program: Arc<str>, pid: u32) {
     }
     if !line.is_empty() {
         say(&mut line);
+    }
+}
+
+/// The calls that a program holds, in the order in which it got them.
+pub(super) struct Held<T> {
+    next: u64,
+    calls: BTreeMap<u64, T>,
+    /// An event can be in the program twice: its first call was dropped, and the program cannot be told.
+    places: HashMap<Identity, VecDeque<u64>>,
+}
+
+impl<T> Default for Held<T> {
+    fn default() -> Self {
+        Self { next: 0, calls: BTreeMap::new(), places: HashMap::new() }
+    }
+}
+
+impl<T> Held<T> {
+    pub(super) fn len(&self) -> usize {
+        self.calls.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    pub(super) fn push(&mut self, identity: Identity, call: T) {
+        self.places.entry(identity).or_default().push_back(self.next);
+        self.calls.insert(self.next, call);
+        self.next += 1;
+    }
+
+    /// The oldest call and its place, which no other call ever has.
+    pub(super) fn oldest(&self) -> Option<(u64, &T)> {
+        self.calls.first_key_value().map(|(place, call)| (*place, call))
+    }
+
+    /// Takes the oldest call of an event.
+    pub(super) fn take(&mut self, identity: Identity) -> Option<T> {
+        let places = self.places.get_mut(&identity)?;
+        let place = places.pop_front();
+        if places.is_empty() {
+            self.places.remove(&identity);
+        }
+        self.calls.remove(&place?)
+    }
+
+    /// Takes all, by their places.
+    pub(super) fn take_all(&mut self) -> BTreeMap<u64, T> {
+        self.places.clear();
+        std::mem::take(&mut self.calls)
+    }
+}
+
+/// Lines on their way to a program.
+#[derive(Default)]
+pub(super) struct Out {
+    lines: Vec<u8>,
+    written: usize,
+}
+
+impl Out {
+    pub(super) fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// Where more lines are appended.
+    pub(super) fn lines(&mut self) -> &mut Vec<u8> {
+        &mut self.lines
+    }
+
+    /// What is not written yet.
+    pub(super) fn rest(&self) -> &[u8] {
+        &self.lines[self.written..]
+    }
+
+    /// Notes that so many bytes were written.
+    pub(super) fn advance(&mut self, written: usize) {
+        self.written += written;
+        if self.written == self.lines.len() {
+            self.written = 0;
+            self.lines.clear();
+            // One large event must not cost its size for ever.
+            self.lines.shrink_to(1 << 18);
+        }
     }
 }

@@ -1,0 +1,27 @@
+# Each target does its own set-up and says what it does. A broker is taken from scripts/rabbitmq.
+.PHONY: help demo test bench lint fmt clean
+
+help:
+	@echo 'make demo   the main job on a real RabbitMQ, with kills; two minutes after the build'
+	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3 chooses the broker)'
+	@echo 'make lint   format, clippy, docs'
+	@echo 'make fmt    format the code'
+	@echo 'make clean  stop the private brokers, remove target/'
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
+
+fmt:
+	cargo fmt --all
+
+clean:
+	-scripts/rabbitmq stop
+	cargo clean

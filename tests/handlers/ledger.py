@@ -1,0 +1,44 @@
+"""An exec handler for tests: notes what it saw, and emits one event for each event that it handled.
+
+usage: ledger.py FILE        each call appends "<pid> <id> <key> <sequence> <attempt>" to FILE
+
+What an event's data asks for happens: {"fail": N} fails the first N attempts, {"dead": true} fails for good,
+{"sleep": S} takes S seconds, {"exit": true} ends this program, {"kill_parent": true} kills the worker (-9).
+"""
+import json
+import os
+import signal
+import sys
+import time
+
+ledger = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+for line in sys.stdin:
+    call = json.loads(line)
+    event = call["event"]
+    data = event.get("data") if isinstance(event.get("data"), dict) else {}
+    key = event.get("partitionkey") or event.get("subject") or event["id"]
+    note = f"{os.getpid()} {event['id']} {key} {event.get('sequence', '-')} {call['attempt']}\n"
+    os.write(ledger, note.encode())
+    answer = {"id": event["id"], "source": event["source"], "status": "done"}
+    if data.get("kill_parent"):
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(5)
+    if data.get("exit"):
+        os._exit(3)
+    if data.get("sleep"):
+        time.sleep(data["sleep"])
+    if data.get("dead"):
+        answer.update(status="dead", error="asked to die")
+    elif data.get("fail", 0) >= call["attempt"]:
+        answer.update(status="retry", error="asked to fail")
+    else:
+        answer["emit"] = [
+            {
+                "type": "test.recorded",
+                "subject": key,
+                "data": {"id": event["id"], "type": event["type"], "sequence": event.get("sequence")},
+            }
+        ]
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,161 @@
+//! A real RabbitMQ: the shared private node, or one that a test may break.
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A broker and its management interface.
+#[derive(Debug)]
+pub struct Rabbit {
+    /// `amqp://guest:guest@127.0.0.1:port`, without a vhost.
+    pub amqp: String,
+    /// `http://127.0.0.1:port`.
+    pub management: String,
+    /// The directory of a private node.
+    dir: Option<PathBuf>,
+}
+
+/// The repository.
+#[must_use]
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("."))
+}
+
+/// Where tests write: inside cargo's target directory.
+#[must_use]
+pub fn scratch() -> PathBuf {
+    // The test's binary is target/<profile>/deps/<name>.
+    let exe = std::env::current_exe().unwrap_or_default();
+    let target = exe.ancestors().nth(3).map_or_else(|| root().join("target"), Path::to_path_buf);
+    target.join("e2e")
+}
+
+fn script(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new(root().join("scripts/rabbitmq")).args(arguments).output()?;
+    ensure!(output.status.success(), "scripts/rabbitmq {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn without_vhost(url: &str) -> String {
+    let authority = url.find("://").map_or(0, |at| at + 3);
+    let end = url[authority..].find('/').map_or(url.len(), |at| authority + at);
+    url[..end].to_owned()
+}
+
+impl Rabbit {
+    /// The broker that all tests share: started by `make test`, or here. `WARREN_TEST_BROKER` names its version.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn shared() -> anyhow::Result<Self> {
+        let version = std::env::var("WARREN_TEST_BROKER").unwrap_or_default();
+        let with = |command: &'static str| {
+            let mut arguments = command.split(' ').collect::<Vec<_>>();
+            if !version.is_empty() {
+                arguments.extend(["--version", &version]);
+            }
+            script(&arguments)
+        };
+        with("start")?;
+        Ok(Self { amqp: without_vhost(&with("url")?), management: with("url --management")?, dir: None })
+    }
+
+    /// A node of its own, which the test may kill.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn private(name: &str) -> anyhow::Result<Self> {
+        let dir = scratch().join(format!("broker-{name}"));
+        let mut rabbit = Self { amqp: String::new(), management: String::new(), dir: Some(dir) };
+        rabbit.script("stop --wipe").ok();
+        rabbit.start()?;
+        rabbit.amqp = without_vhost(&rabbit.script("url")?);
+        rabbit.management = rabbit.script("url --management")?;
+        Ok(rabbit)
+    }
+
+    fn script(&self, command: &str) -> anyhow::Result<String> {
+        let dir = self.dir.as_ref().context("only a private broker may be broken")?;
+        let dir = dir.to_str().context("a path of UTF-8")?;
+        let version = std::env::var("WARREN_TEST_BROKER").unwrap_or_default();
+        let mut arguments: Vec<&str> = command.split(' ').collect();
+        arguments.extend(["--dir", dir]);
+        if !version.is_empty() {
+            arguments.extend(["--version", &version]);
+        }
+        script(&arguments)
+    }
+
+    /// Starts a private node that was stopped or killed.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(&self) -> anyhow::Result<()> {
+        self.script("start").map(|_| ())
+    }
+
+    /// Stops a private node in order.
+    ///
+    /// # Errors
+    /// It does not stop.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.script("stop").map(|_| ())
+    }
+
+    /// Kills a private node with SIGKILL.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn kill(&self) -> anyhow::Result<()> {
+        self.script("kill").map(|_| ())
+    }
+
+    /// Runs rabbitmqctl on a private node.
+    ///
+    /// # Errors
+    /// What it printed.
+    pub fn ctl(&self, command: &str) -> anyhow::Result<String> {
+        let dir = self.dir.as_ref().context("only a private broker may be changed")?;
+        let mut arguments = vec!["ctl", "--dir", dir.to_str().context("a path of UTF-8")?];
+        arguments.extend(command.split(' '));
+        script(&arguments)
+    }
+
+    /// Asks the management interface. `path` begins after `/api/`.
+    ///
+    /// # Errors
+    /// The broker answers with an error, or not at all.
+    pub fn api(&self, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let url = format!("{}/api/{path}", self.management);
+        let auth = "Basic Z3Vlc3Q6Z3Vlc3Q=";
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(std::time::Duration::from_secs(20)))
+            .build();
+        let agent: ureq::Agent = config.into();
+        let request = ureq::http::Request::builder().method(method).uri(&url).header("authorization", auth);
+        let mut response = match body {
+            Some(body) => {
+                let request = request.header("content-type", "application/json").body(body.to_string())?;
+                agent.run(request)?
+            }
+            None if method == "GET" || method == "DELETE" => agent.run(request.body(())?)?,
+            None => agent.run(request.header("content-type", "application/json").body("{}".to_owned())?)?,
+        };
+        let text = response.body_mut().read_to_string()?;
+        if !response.status().is_success() {
+            bail!("{method} {path}: {} {text}", response.status());
+        }
+        Ok(if text.is_empty() { Value::Null } else { serde_json::from_str(&text)? })
+    }
+}
+
+impl Drop for Rabbit {
+    fn drop(&mut self) {
+        // A shared node goes on; a private one ends with the test, and its data with it.
+        if self.dir.is_some() {
+            self.script("kill").ok();
+            self.script("stop --wipe").ok();
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! One test's surroundings: a vhost, a store, a directory, and short names for what tests do.
+use crate::broker::{Rabbit, root, scratch};
+use crate::ledger::Sink;
+use crate::process::{self, Process};
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use warren_shared::topology::{BUS, Topology};
+
+/// A test's surroundings.
+#[derive(Debug)]
+pub struct Lab {
+    /// The broker.
+    pub rabbit: Rabbit,
+    /// The vhost, which is also the pool.
+    pub name: String,
+    /// Files of this test.
+    pub dir: PathBuf,
+    /// The environment of its processes.
+    pub environment: Vec<(String, String)>,
+    workers: AtomicU32,
+}
+
+impl Lab {
+    /// A vhost on the shared broker.
+    ///
+    /// # Errors
+    /// The broker cannot be had.
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        Self::on(Rabbit::shared()?, name)
+    }
+
+    /// A vhost on a broker of its own, which the test may break.
+    ///
+    /// # Errors
+    /// The broker cannot be had.
+    pub fn with_own_broker(name: &str) -> anyhow::Result<Self> {
+        Self::on(Rabbit::private(name)?, name)
+    }
+
+    fn on(rabbit: Rabbit, name: &str) -> anyhow::Result<Self> {
+        rabbit.api("DELETE", &format!("vhosts/{name}"), None).ok();
+        rabbit.api("PUT", &format!("vhosts/{name}"), None)?;
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        rabbit.api("PUT", &format!("permissions/{name}/guest"), Some(all))?;
+        // Always the same place: what a failed test left can be read, and nothing piles up.
+        let dir = scratch().join(name);
+        std::fs::remove_dir_all(&dir).ok();
+        std::fs::create_dir_all(&dir)?;
+        let mut lab = Self { rabbit, name: name.into(), dir, environment: Vec::new(), workers: AtomicU32::new(0) };
+        let store = format!("sqlite://{}", lab.path("warren.db").display());
+        for (variable, value) in [
+            ("AMQP_URL", lab.url().as_str()),
+            ("DATABASE_URL", store.as_str()),
+            ("WARREN_POOL", name),
+            ("WARREN_PARTITIONS", "3"),
+            ("WARREN_LANES", "normal:1"),
+            ("WARREN_ROUTES", lab.ledger_route("").as_str()),
+        ] {
+            lab.set(variable, value);
+        }
+        Ok(lab)
+    }
+
+    /// A file of this test.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The broker's URL with this test's vhost.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("{}/{}", self.rabbit.amqp, self.name)
+    }
+
+    /// Sets a variable for processes started from now on.
+    pub fn set(&mut self, variable: &str, value: &str) {
+        self.environment.retain(|(name, _)| name != variable);
+        self.environment.push((variable.into(), value.into()));
+    }
+
+    /// A route for `order.#` with the ledger handler (`tests/handlers/ledger.py`), and more of its fields, such as
+    /// `, timeout: 2s`. It notes its calls in the file `calls`.
+    #[must_use]
+    pub fn ledger_route(&self, more: &str) -> String {
+        let handler = root().join("tests/handlers/ledger.py");
+        let (handler, calls) = (handler.display(), self.path("calls"));
+        format!("routes: [{{on: 'order.#', exec: [python3, '{handler}', '{}']{more}}}]", calls.display())
+    }
+
+    /// What the ledger handler noted: (pid, id, key, sequence, attempt) a call.
+    #[must_use]
+    pub fn calls(&self) -> Vec<[String; 5]> {
+        let text = std::fs::read_to_string(self.path("calls")).unwrap_or_default();
+        text.lines().filter_map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>().try_into().ok()).collect()
+    }
+
+    /// Starts a worker.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn worker(&self) -> anyhow::Result<Process> {
+        self.worker_with(&[])
+    }
+
+    /// Starts a worker with more variables.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn worker_with(&self, more: &[(&str, &str)]) -> anyhow::Result<Process> {
+        let number = self.workers.fetch_add(1, Ordering::Relaxed);
+        let mut environment = self.environment.clone();
+        environment.push(("WARREN_WORKER_ID".into(), format!("w{number}")));
+        environment.extend(more.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+        let mut command = process::command("warren-worker", &environment);
+        command.arg("run");
+        Process::start(command, &self.path(&format!("w{number}.log")))
+    }
+
+    /// Runs a command of the worker to its end.
+    ///
+    /// # Errors
+    /// It cannot be started or does not end.
+    pub async fn run(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        let mut command = process::command("warren-worker", &self.environment);
+        command.args(arguments);
+        process::output(command, Vec::new()).await
+    }
+
+    /// Declares the pool's topology.
+    ///
+    /// # Errors
+    /// What the command said.
+    pub async fn declare(&self) -> anyhow::Result<()> {
+        process::expect_exit(&self.run(&["topology", "--apply"]).await?, 0).map(|_| ())
+    }
+
+    /// Sends lines with `warren-publisher send -`; returns its account and its stderr.
+    ///
+    /// # Errors
+    /// It cannot be started, or prints no account.
+    pub async fn send_raw(&self, input: Vec<u8>, arguments: &[&str]) -> anyhow::Result<(Value, String)> {
+        let mut command = process::command("warren-publisher", &self.environment);
+        command.arg("send").args(arguments).arg("-");
+        let output = process::output(command, input).await?;
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = stdout.lines().last().with_context(|| format!("no account; stderr: {stderr}"))?;
+        Ok((serde_json::from_str(line)?, stderr))
+    }
+
+    /// Sends events and expects all of them to be confirmed; returns their ids.
+    ///
+    /// # Errors
+    /// Not all were confirmed.
+    pub async fn send(&self, events: &[Value]) -> anyhow::Result<Vec<String>> {
+        let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
+        let (account, stderr) = self.send_raw(lines.into_bytes(), &[]).await?;
+        ensure!(account["confirmed"] == json!(events.len()), "{account}\n{stderr}");
+        Ok(events.iter().filter_map(|event| event["id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// Hears what the ledger handler emits. Declare the topology first.
+    ///
+    /// # Errors
+    /// The bus is not declared.
+    pub async fn recorded(&self) -> anyhow::Result<Sink> {
+        Sink::listen(&self.url(), "recorded", BUS, "test.recorded").await
+    }
+
+    /// The dead letters: id and reason.
+    ///
+    /// # Errors
+    /// They cannot be listed.
+    pub async fn dead(&self) -> anyhow::Result<Vec<(String, String)>> {
+        let output = self.run(&["dead", "list", "--json"]).await?;
+        let (stdout, _) = process::expect_exit(&output, 0)?;
+        let text = |letter: &Value, name: &str| letter[name].as_str().unwrap_or_default().to_owned();
+        stdout
+            .lines()
+            .map(|line| serde_json::from_str(line).map(|letter| (text(&letter, "id"), text(&letter, "reason"))))
+            .collect::<Result<_, _>>()
+            .context("dead list --json prints JSON")
+    }
+
+    /// How many events the store knows.
+    #[must_use]
+    pub fn inbox(&self) -> usize {
+        self.count("inbox").unwrap_or(0)
+    }
+
+    /// Outbox rows that were not published yet.
+    #[must_use]
+    pub fn outbox(&self) -> usize {
+        self.count("outbox").unwrap_or(usize::MAX)
+    }
+
+    fn count(&self, table: &str) -> anyhow::Result<usize> {
+        let store = rusqlite::Connection::open(self.path("warren.db"))?;
+        store.busy_timeout(Duration::from_secs(5))?;
+        let rows: i64 = store.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get(0))?;
+        Ok(usize::try_from(rows)?)
+    }
+
+    /// Waits until the store knows so many events and has published everything that they sent.
+    ///
+    /// # Errors
+    /// It does not come to that in time.
+    pub async fn settled(&self, events: usize, patience: Duration) -> anyhow::Result<()> {
+        let state = || format!("{} of {events} in the inbox, {} in the outbox{}", self.inbox(), self.outbox(), self.logs());
+        let done = || self.inbox() >= events && self.outbox() == 0;
+        until_or(patience, done, state).await
+    }
+
+    /// Waits until the store knows at least so many events.
+    ///
+    /// # Errors
+    /// It does not come to that in time.
+    pub async fn progressed(&self, events: usize, patience: Duration) -> anyhow::Result<()> {
+        until_or(patience, || self.inbox() >= events, || {
+            format!("{} of {events} in the inbox{}", self.inbox(), self.logs())
+        })
+        .await
+    }
+
+    /// The last lines of every process' log: they tell why.
+    #[must_use]
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|e| e == "log") {
+                let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                let from = log.lines().count().saturating_sub(25);
+                let tail: Vec<&str> = log.lines().skip(from).collect();
+                text.push_str(&format!("\n--- {}\n{}", entry.path().display(), tail.join("\n")));
+            }
+        }
+        text
+    }
+
+    /// The pool's topology, for queue names.
+    ///
+    /// # Errors
+    /// The environment is wrong.
+    pub fn topology(&self) -> anyhow::Result<Topology> {
+        let map = self.environment.iter().cloned().collect();
+        let s = warren_shared::env::Settings::read(&map).map_err(|m| anyhow::anyhow!("{m:?}"))?;
+        let (pool, lanes, partitions) = (s.pool, s.lanes, s.partitions);
+        let (queue_type, order) = (s.queue_type, s.order);
+        Ok(Topology { pool, lanes, partitions, queue_type, order, subscriptions: Vec::new() })
+    }
+
+    /// A raw AMQP channel in this test's vhost; the connection closes when it is dropped.
+    ///
+    /// # Errors
+    /// The broker cannot be reached.
+    pub async fn channel(&self) -> anyhow::Result<(lapin::Connection, lapin::Channel)> {
+        let connection = lapin::Connection::connect(&self.url(), lapin::ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        Ok((connection, channel))
+    }
+
+    /// The names of this vhost's connections that hold a text.
+    ///
+    /// # Errors
+    /// The management interface does not answer.
+    pub fn connections(&self, holding: &str) -> anyhow::Result<Vec<String>> {
+        let all = self.rabbit.api("GET", &format!("vhosts/{}/connections", self.name), None)?;
+        let ours = |c: &Value| {
+            let name = c["client_properties"]["connection_name"].as_str()?;
+            name.contains(holding).then(|| c["name"].as_str().map(str::to_owned))?
+        };
+        Ok(all.as_array().into_iter().flatten().filter_map(ours).collect())
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.rabbit.api("DELETE", &format!("vhosts/{}", self.name), None).ok();
+    }
+}
+
+/// Waits until a fact holds.
+///
+/// # Errors
+/// It does not hold in time.
+pub async fn until(what: &str, patience: Duration, fact: impl FnMut() -> bool) -> anyhow::Result<()> {
+    until_or(patience, fact, || what.to_owned()).await
+}
+
+async fn until_or(patience: Duration, mut fact: impl FnMut() -> bool, what: impl Fn() -> String) -> anyhow::Result<()> {
+    let started = Instant::now();
+    while !fact() {
+        ensure!(started.elapsed() < patience, "not within {patience:?}: {}", what());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+/// An event for the ledger handler.
+#[must_use]
+pub fn event(id: &str, kind: &str, key: &str, data: Value) -> Value {
+    json!({"specversion": "1.0", "id": id, "source": "/tests", "type": kind, "partitionkey": key, "data": data})
+}
+
+/// So many events over so many keys, each key's numbered in `sequence`.
+#[must_use]
+pub fn events(count: usize, keys: usize) -> Vec<Value> {
+    let number = |i: usize| {
+        let mut event = event(&format!("e{i}"), "order.placed", &format!("k{}", i % keys), json!({"n": i}));
+        event["sequence"] = json!(format!("{:06}", i / keys + 1));
+        event
+    };
+    (0..count).map(number).collect()
+}
