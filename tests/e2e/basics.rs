@@ -1,3 +1,4 @@
+//! The main path: every event handled once, in order, and the worker drained.
 use anyhow::ensure;
 use serde_json::json;
 use std::time::Duration;

@@ -1,6 +1,8 @@
 """An exec handler for tests: notes what it saw, and emits one event for each event that it handled.
 
 usage: ledger.py FILE        each call appends "<pid> <id> <key> <sequence> <attempt>" to FILE
+       ledger.py FILE fresh  the same, and every call emits under an id of its own: an effect that is recorded twice
+                             shows as two events instead of one repeated
 
 What an event's data asks for happens: {"fail": N} fails the first N attempts, {"dead": true} fails for good,
 {"sleep": S} takes S seconds, {"exit": true} ends this program, {"kill_parent": true} kills the worker (-9).
@@ -10,6 +12,19 @@ import os
 import signal
 import sys
 import time
+import uuid
+
+FRESH = sys.argv[2:] == ["fresh"]
+
+
+def kill_parent():
+    """Kills the worker that started this program, and nobody who adopted it since."""
+    parent = os.getppid()
+    with open(f"/proc/{parent}/comm", encoding="ascii") as comm:
+        if comm.read().strip() == "warren-worker":
+            os.kill(parent, signal.SIGKILL)
+            time.sleep(5)
+
 
 ledger = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -22,8 +37,7 @@ for line in sys.stdin:
     os.write(ledger, note.encode())
     answer = {"id": event["id"], "source": event["source"], "status": "done"}
     if data.get("kill_parent"):
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(5)
+        kill_parent()
     if data.get("exit"):
         os._exit(3)
     if data.get("sleep"):
@@ -40,5 +54,7 @@ for line in sys.stdin:
                 "data": {"id": event["id"], "type": event["type"], "sequence": event.get("sequence")},
             }
         ]
+        if FRESH:
+            answer["emit"][0]["id"] = str(uuid.uuid4())
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()

@@ -24,9 +24,10 @@ pub fn root() -> &'static Path {
 /// Where tests write: inside cargo's target directory.
 #[must_use]
 pub fn scratch() -> PathBuf {
-    // The test's binary is target/<profile>/deps/<name>.
+    // A binary is target/<profile>/<name>, a test's target/<profile>/deps/<name>.
     let exe = std::env::current_exe().unwrap_or_default();
-    let target = exe.ancestors().nth(3).map_or_else(|| root().join("target"), Path::to_path_buf);
+    let dir = exe.parent().filter(|dir| dir.ends_with("deps")).unwrap_or(&exe);
+    let target = dir.ancestors().nth(2).map_or_else(|| root().join("target"), Path::to_path_buf);
     target.join("e2e")
 }
 

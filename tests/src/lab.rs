@@ -92,6 +92,13 @@ impl Lab {
         format!("routes: [{{on: 'order.#', exec: [python3, '{handler}', '{}']{more}}}]", calls.display())
     }
 
+    /// A route for `order.#` with the ledger handler, whose calls all emit under ids of their own: an effect that is
+    /// recorded twice counts as `twice`, where derived ids would make it a mere repeat.
+    #[must_use]
+    pub fn fresh_route(&self, more: &str) -> String {
+        self.ledger_route(more).replacen("']", "', fresh]", 1)
+    }
+
     /// What the ledger handler noted: (pid, id, key, sequence, attempt) a call.
     #[must_use]
     pub fn calls(&self) -> Vec<[String; 5]> {
@@ -199,6 +206,29 @@ impl Lab {
         self.count("outbox").unwrap_or(usize::MAX)
     }
 
+    /// Recorded starts that did not end: none once the pool is at rest.
+    #[must_use]
+    pub fn starts(&self) -> usize {
+        self.count("starts").unwrap_or(usize::MAX)
+    }
+
+    /// Messages that wait in the partitions, ready to be delivered.
+    ///
+    /// # Errors
+    /// A partition is not declared.
+    pub async fn queued(&self) -> anyhow::Result<u32> {
+        let (_connection, channel) = self.channel().await?;
+        let (topology, mut sum) = (self.topology()?, 0);
+        for lane in topology.lanes.iter() {
+            for partition in 0..topology.partitions {
+                let queue = topology.partition(&lane.name, partition);
+                let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+                sum += channel.queue_declare(queue.into(), options, Default::default()).await?.message_count();
+            }
+        }
+        Ok(sum)
+    }
+
     fn count(&self, table: &str) -> anyhow::Result<usize> {
         let store = rusqlite::Connection::open(self.path("warren.db"))?;
         store.busy_timeout(Duration::from_secs(5))?;
@@ -211,7 +241,8 @@ impl Lab {
     /// # Errors
     /// It does not come to that in time.
     pub async fn settled(&self, events: usize, patience: Duration) -> anyhow::Result<()> {
-        let state = || format!("{} of {events} in the inbox, {} in the outbox{}", self.inbox(), self.outbox(), self.logs());
+        let state =
+            || format!("{} of {events} in the inbox, {} in the outbox{}", self.inbox(), self.outbox(), self.logs());
         let done = || self.inbox() >= events && self.outbox() == 0;
         until_or(patience, done, state).await
     }
@@ -221,9 +252,11 @@ impl Lab {
     /// # Errors
     /// It does not come to that in time.
     pub async fn progressed(&self, events: usize, patience: Duration) -> anyhow::Result<()> {
-        until_or(patience, || self.inbox() >= events, || {
-            format!("{} of {events} in the inbox{}", self.inbox(), self.logs())
-        })
+        until_or(
+            patience,
+            || self.inbox() >= events,
+            || format!("{} of {events} in the inbox{}", self.inbox(), self.logs()),
+        )
         .await
     }
 

@@ -16,7 +16,9 @@ pub struct Process {
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
     let exe = std::env::current_exe().unwrap_or_default();
-    exe.ancestors().nth(2).map(|dir| dir.join(name)).unwrap_or_default()
+    let dir = exe.parent().unwrap_or(Path::new("."));
+    let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
+    dir.join(name)
 }
 
 /// A command with this environment and nothing of Warren's from outside.

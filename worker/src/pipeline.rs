@@ -241,6 +241,7 @@ impl Pipeline {
             None => {
                 // The broker made us this partition's consumer: what its last owner left goes out before our own.
                 let partition = first.ticket.place().queue.clone();
+                tracing::info!(partition, "first delivery from {partition}: this worker is its active consumer");
                 self.epochs.insert(epoch, Some(arrivals));
                 self.adopt(epoch, partition, Duration::ZERO);
             }

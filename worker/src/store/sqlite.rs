@@ -5,7 +5,7 @@ use super::{Committed, Effect, Left, Outcome, Recorded, Reply, Row, Seen, Start,
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 use warren_shared::{Identity, Message};
 
@@ -20,6 +20,9 @@ const SCHEMA: [&str; 1] = ["
         envelope TEXT NOT NULL, body BLOB NOT NULL);
     CREATE TABLE workers (id TEXT PRIMARY KEY, seen INTEGER NOT NULL) WITHOUT ROWID;
 "];
+
+/// How long a lock of another process is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const DONE: i64 = 0;
 const DEAD: i64 = 1;
@@ -47,12 +50,12 @@ impl Sqlite {
                 Some(rusqlite::ErrorCode::DiskFull) => "make room on the disk, or set DATABASE_URL to another place",
                 Some(rusqlite::ErrorCode::NotADatabase) => "the file is something else, set DATABASE_URL to another",
                 Some(rusqlite::ErrorCode::DatabaseBusy) => "another process holds it locked, stop that first",
+                Some(rusqlite::ErrorCode::CannotOpen) => "create its directory, or set DATABASE_URL to another place",
                 _ => "make file and directory writable for this user, or set DATABASE_URL to another place",
             };
             StoreError::Open { path: path.display().to_string(), cause: error.to_string(), cure }
         };
-        let mut connection = Connection::open(path).map_err(refuse)?;
-        prepare(&connection).map_err(refuse)?;
+        let mut connection = connect(path).map_err(refuse)?;
         migrate(&mut connection, refuse)?;
         let identity = identity(&mut connection).map_err(refuse)?;
 
@@ -88,8 +91,28 @@ impl Sqlite {
     }
 }
 
+/// Who switches a new file to WAL while another does is told at once that it is locked, whatever the timeout says: it
+/// is tried again here.
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let begun = Instant::now();
+    loop {
+        let result = Connection::open(path).and_then(|connection| prepare(&connection).map(|()| connection));
+        let busy = |e: &rusqlite::Error| e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy);
+        if begun.elapsed() > PATIENCE || !result.as_ref().is_err_and(busy) {
+            return result;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn prepare(connection: &Connection) -> rusqlite::Result<()> {
-    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.busy_timeout(PATIENCE)?;
+    // Before anything is written: a slip in DATABASE_URL must not change another program's data.
+    let is_foreign = "SELECT count(*) > 0 AND NOT sum(name = 'inbox') FROM sqlite_master WHERE type = 'table'";
+    if connection.query_row(is_foreign, [], |row| row.get(0))? {
+        let error = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_NOTADB);
+        return Err(rusqlite::Error::SqliteFailure(error, Some("it holds another program's tables".into())));
+    }
     connection.set_prepared_statement_cache_capacity(64);
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
@@ -296,3 +319,7 @@ impl Store for Sqlite {
         &self.identity
     }
 }
+
+#[cfg(test)]
+#[path = "sqlite_tests.rs"]
+mod tests;

@@ -1,0 +1,145 @@
+//! The exam, and what only a file can do wrong.
+use super::*;
+use crate::store::exam::{Candidate, exam};
+use std::sync::Barrier;
+
+fn candidate() -> Candidate {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let open = move |worker: &str| -> Arc<dyn Store> { Arc::new(Sqlite::open(&path, worker).expect("it opens")) };
+    Candidate { open: Box::new(open), _keep: Box::new(directory) }
+}
+
+exam!(candidate());
+
+fn effect(id: &str, size: usize) -> Effect {
+    let seen = Some(Seen { identity: Identity::of("/tests", id), replayed: 0 });
+    let out = vec![Message { body: vec![b'x'; size], ..Message::default() }];
+    Effect { seen, outcome: Outcome::Done, started: None, partition: "p00".into(), out }
+}
+
+/// Cannot be opened; says why, and what to do.
+fn refuses(path: &Path, wanted: &str) {
+    match Sqlite::open(path, "a") {
+        Err(StoreError::Open { path: named, cause, cure }) => {
+            assert_eq!(named, path.display().to_string());
+            assert!(!cause.is_empty());
+            assert!(cure.contains(wanted), "{cure}");
+        }
+        other => panic!("{path:?}: {other:?}"),
+    }
+}
+
+#[test]
+fn eight_workers_open_a_new_file_at_once() {
+    for _ in 0..10 {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("warren.db");
+        let line = Barrier::new(8);
+        let open = |worker: usize| {
+            line.wait();
+            Sqlite::open(&path, &worker.to_string()).map(|store| store.identity)
+        };
+        let open = &open;
+        let identities: Vec<String> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|worker| scope.spawn(move || open(worker))).collect();
+            threads.into_iter().map(|t| t.join().expect("no panic").expect("it opens")).collect()
+        });
+        assert!(identities.iter().all(|identity| *identity == identities[0]), "{identities:?}");
+    }
+}
+
+#[test]
+fn a_file_of_a_newer_version_is_left_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    drop(Sqlite::open(&path, "a").expect("it opens"));
+    let newer = SCHEMA.len() as i64 + 1;
+    Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", newer)).expect("set");
+    match Sqlite::open(&path, "a") {
+        Err(StoreError::Newer { found, known }) => assert_eq!((found, known), (newer, newer - 1)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_cannot_be_a_store_is_refused_with_a_cure() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let text = directory.path().join("notes.txt");
+    std::fs::write(&text, "no database at all, but long enough to be looked at ".repeat(100)).expect("written");
+    refuses(&text, "set DATABASE_URL to another");
+    assert!(std::fs::read_to_string(&text).expect("still text").starts_with("no database"));
+    refuses(&directory.path().join("missing/warren.db"), "directory");
+    refuses(directory.path(), "directory");
+    refuses(Path::new("/dev/null/warren.db"), "directory");
+    refuses(Path::new("/proc/warren.db"), "directory");
+}
+
+#[test]
+fn a_database_of_somebody_else_is_left_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("theirs.db");
+    Connection::open(&path).and_then(|c| c.execute_batch("CREATE TABLE theirs (x)")).expect("made");
+    refuses(&path, "set DATABASE_URL to another");
+    let tables =
+        Connection::open(&path).and_then(|c| c.query_row("SELECT count(*) FROM sqlite_master", [], |r| r.get(0)));
+    assert_eq!(tables, Ok(1_i64));
+}
+
+#[tokio::test]
+async fn a_full_disk_changes_nothing_and_is_no_end() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    assert!(matches!(store.commit(Arc::new(vec![effect("1", 10)])).await.expect("room")[..], [Recorded::Fresh(..)]));
+    let limit =
+        |pages: i64| store.run(move |tx| tx.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())));
+    limit(1).await.expect("set to what there is");
+
+    let large = Arc::new(vec![effect("2", 10), effect("3", 1 << 20)]);
+    for _ in 0..2 {
+        match store.commit(large.clone()).await {
+            Err(StoreError::Unavailable(cause)) => assert!(cause.contains("full"), "{cause}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    let asked = ["1", "2", "3"].map(|id| Seen { identity: Identity::of("/tests", id), replayed: 0 }).to_vec();
+    let known: Vec<bool> = store.look(asked).await.expect("answers").iter().map(Option::is_some).collect();
+    assert_eq!(known, [true, false, false], "nothing of the batch is there");
+
+    limit(1 << 30).await.expect("room again");
+    let recorded = store.commit(large).await.expect("room");
+    assert!(matches!(recorded[..], [Recorded::Fresh(..), Recorded::Fresh(..)]), "{recorded:?}");
+    let rows = Sqlite::open(&path, "b").expect("it opens").adopt(Left::In("p00".into())).await.expect("answers");
+    assert_eq!(rows.iter().map(|row| row.message.body.len()).collect::<Vec<_>>(), [10, 10, 1 << 20]);
+}
+
+#[tokio::test]
+async fn a_store_that_another_holds_locked_is_read_and_says_so_when_written() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    store.run(|tx| Ok(tx.busy_timeout(Duration::from_millis(50))?)).await.expect("set");
+    let other = Connection::open(&path).expect("it opens");
+    other.execute_batch("BEGIN IMMEDIATE").expect("locked");
+    let seen = vec![effect("1", 0).seen.expect("set")];
+    assert!(store.look(seen.clone()).await.expect("reading never waits")[0].is_none());
+    let effects = Arc::new(vec![effect("1", 0)]);
+    assert!(
+        matches!(store.commit(effects.clone()).await, Err(StoreError::Unavailable(cause)) if cause.contains("locked"))
+    );
+    other.execute_batch("ROLLBACK").expect("free");
+    assert!(matches!(store.commit(effects).await.expect("free")[..], [Recorded::Fresh(..)]));
+}
+
+#[tokio::test]
+async fn the_file_is_durable_by_its_settings() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
+    let ask = |pragma: &'static str| {
+        store
+            .run(move |tx| tx.query_row(&format!("PRAGMA {pragma}"), [], |row| row.get::<_, rusqlite::types::Value>(0)))
+    };
+    assert_eq!(ask("journal_mode").await.expect("answers"), rusqlite::types::Value::Text("wal".into()));
+    assert_eq!(ask("synchronous").await.expect("answers"), rusqlite::types::Value::Integer(2));
+}
