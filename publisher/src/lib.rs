@@ -1,6 +1,8 @@
 //! AMQP out: connect, declare, publish with confirms.
 //!
 //! Architecture invariant: the AMQP library's types stay in `broker`, `declare`, `codec` and `publish`.
+#![warn(clippy::print_stdout)]
+
 pub mod broker;
 pub mod codec;
 pub mod declare;

@@ -2,6 +2,8 @@
 //!
 //! Architecture invariant: nothing here reads a clock, a socket, a file, the environment or a random number. Time,
 //! chance and configuration are arguments, so every law can be run through all of its states in a test.
+#![warn(clippy::print_stdout)]
+
 pub mod acks;
 pub mod dead;
 pub mod delivery;

@@ -1,5 +1,4 @@
 //! `make demo`: the main job on a real broker, with kills, and an account of every event.
-#![expect(clippy::print_stdout, reason = "the demo talks to a person")]
 use anyhow::{Context, ensure};
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use serde_json::{Value, json};

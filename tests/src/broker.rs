@@ -75,6 +75,22 @@ impl Rabbit {
         Ok(rabbit)
     }
 
+    /// A node of its own with settings for its `rabbitmq.conf`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn private_with(name: &str, conf: &str) -> anyhow::Result<Self> {
+        let dir = scratch().join(format!("broker-{name}"));
+        let mut rabbit = Self { amqp: String::new(), management: String::new(), dir: Some(dir.clone()) };
+        rabbit.script("stop --wipe").ok();
+        std::fs::create_dir_all(dir.join("conf.d"))?;
+        std::fs::write(dir.join("conf.d/test.conf"), conf)?;
+        rabbit.start()?;
+        rabbit.amqp = without_vhost(&rabbit.script("url")?);
+        rabbit.management = rabbit.script("url --management")?;
+        Ok(rabbit)
+    }
+
     fn script(&self, command: &str) -> anyhow::Result<String> {
         let dir = self.dir.as_ref().context("only a private broker may be broken")?;
         let dir = dir.to_str().context("a path of UTF-8")?;
@@ -109,6 +125,22 @@ impl Rabbit {
     /// It does not run.
     pub fn kill(&self) -> anyhow::Result<()> {
         self.script("kill").map(|_| ())
+    }
+
+    /// Stops a private node in its tracks (SIGSTOP): it is there and does not answer.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn freeze(&self) -> anyhow::Result<()> {
+        self.script("freeze").map(|_| ())
+    }
+
+    /// Lets a frozen node go on.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn thaw(&self) -> anyhow::Result<()> {
+        self.script("thaw").map(|_| ())
     }
 
     /// Runs rabbitmqctl on a private node.

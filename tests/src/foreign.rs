@@ -41,7 +41,8 @@ pub fn python() -> anyhow::Result<Option<PathBuf>> {
 /// # Errors
 /// What it printed.
 pub fn run(python: &PathBuf, script: &str, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(python).arg("-c").arg(script).args(arguments).output().context("python does not start")?;
+    let output =
+        Command::new(python).arg("-c").arg(script).args(arguments).output().context("python does not start")?;
     ensure!(output.status.success(), "python: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

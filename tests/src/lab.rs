@@ -1,6 +1,6 @@
 //! One test's surroundings: a vhost, a store, a directory, and short names for what tests do.
 use crate::broker::{Rabbit, root, scratch};
-use crate::ledger::Sink;
+use crate::ledger::{Ledger, Sink};
 use crate::process::{self, Process};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use warren_shared::Message;
 use warren_shared::topology::{BUS, Topology};
 
 /// A test's surroundings.
@@ -39,6 +40,14 @@ impl Lab {
     /// The broker cannot be had.
     pub fn with_own_broker(name: &str) -> anyhow::Result<Self> {
         Self::on(Rabbit::private(name)?, name)
+    }
+
+    /// A vhost on a broker of its own with more settings for its `rabbitmq.conf`.
+    ///
+    /// # Errors
+    /// The broker cannot be had.
+    pub fn with_own_broker_set(name: &str, conf: &str) -> anyhow::Result<Self> {
+        Self::on(Rabbit::private_with(name, conf)?, name)
     }
 
     fn on(rabbit: Rabbit, name: &str) -> anyhow::Result<Self> {
@@ -171,6 +180,59 @@ impl Lab {
         Ok(events.iter().filter_map(|event| event["id"].as_str().map(str::to_owned)).collect())
     }
 
+    /// Starts `warren-publisher send` over a file with these events; its log is `send.log`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn sender(&self, events: &[Value], arguments: &[&str]) -> anyhow::Result<Process> {
+        let file = self.path("events.jsonl");
+        let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
+        std::fs::write(&file, lines)?;
+        let mut command = process::command("warren-publisher", &self.environment);
+        command.arg("send").args(arguments).arg(file);
+        Process::start(command, &self.path("send.log"))
+    }
+
+    /// Ready messages and consumers of a queue; none where it does not exist.
+    ///
+    /// # Errors
+    /// The broker cannot be reached.
+    pub async fn depth(&self, queue: &str) -> anyhow::Result<Option<(u32, u32)>> {
+        let (_connection, channel) = self.channel().await?;
+        let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+        let found = channel.queue_declare(queue.into(), options, lapin::types::FieldTable::default()).await;
+        Ok(found.ok().map(|queue| (queue.message_count(), queue.consumer_count())))
+    }
+
+    /// Takes all messages out of a queue.
+    ///
+    /// # Errors
+    /// The broker cannot be reached.
+    pub async fn take_all(&self, queue: &str) -> anyhow::Result<Vec<Message>> {
+        let (_connection, channel) = self.channel().await?;
+        let mut messages = Vec::new();
+        let options = lapin::options::BasicGetOptions { no_ack: true };
+        while let Some(got) = channel.basic_get(queue.into(), options).await? {
+            messages.push(warren_publisher::codec::read(got.delivery));
+        }
+        Ok(messages)
+    }
+
+    /// Closes connections whose name holds a text, by the management interface; returns how many.
+    ///
+    /// # Errors
+    /// The management interface does not answer.
+    pub fn close_connections(&self, holding: &str) -> anyhow::Result<usize> {
+        let names = self.connections(holding)?;
+        let mut closed = 0;
+        for name in names {
+            let path: String = name.bytes().map(|b| format!("%{b:02x}")).collect();
+            // One that has gone by itself is not listed at once as gone.
+            closed += usize::from(self.rabbit.api("DELETE", &format!("connections/{path}"), None).is_ok());
+        }
+        Ok(closed)
+    }
+
     /// Hears what the ledger handler emits. Declare the topology first.
     ///
     /// # Errors
@@ -245,6 +307,35 @@ impl Lab {
             || format!("{} of {events} in the inbox, {} in the outbox{}", self.inbox(), self.outbox(), self.logs());
         let done = || self.inbox() >= events && self.outbox() == 0;
         until_or(patience, done, state).await
+    }
+
+    /// Waits until these events have their outcomes and all that they sent was heard; returns the account.
+    ///
+    /// # Errors
+    /// It does not come to that in time.
+    pub async fn account(&self, ids: &[String], recorded: &Sink, patience: Duration) -> anyhow::Result<Ledger> {
+        let distinct = ids.iter().collect::<std::collections::HashSet<_>>().len();
+        self.settled(distinct, patience).await?;
+        let dead = self.dead().await?;
+        let died = dead.iter().map(|(id, _)| id).collect::<std::collections::HashSet<_>>().len();
+        let heard = || recorded.distinct().len() + died >= distinct;
+        until_or(patience, heard, || format!("{} heard of {distinct}, {died} dead", recorded.distinct().len())).await?;
+        Ledger::of(ids, recorded, &dead)
+    }
+
+    /// Whether the handler saw each key's events in their order, repeats aside.
+    ///
+    /// # Errors
+    /// It saw one after a later one.
+    pub fn calls_in_order(&self) -> anyhow::Result<()> {
+        let (mut seen, mut last) = (std::collections::HashSet::new(), std::collections::HashMap::new());
+        for [_, id, key, sequence, _] in self.calls() {
+            if seen.insert(id.clone()) {
+                let before = last.insert(key.clone(), sequence.clone()).unwrap_or_default();
+                ensure!(before < sequence, "{id}: the handler saw {sequence} of {key} after {before}");
+            }
+        }
+        Ok(())
     }
 
     /// Waits until the store knows at least so many events.

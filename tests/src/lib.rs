@@ -3,11 +3,15 @@
 //! Each test has a vhost, a store and a directory of its own (under `target/`), so tests run side by side. Processes
 //! end with the test, by their own pids.
 pub mod broker;
+pub mod foreign;
+pub mod frames;
 pub mod lab;
 pub mod ledger;
 pub mod process;
+pub mod raw;
 
 pub use broker::Rabbit;
 pub use lab::{Lab, event, events, until};
 pub use ledger::{Ledger, Sink};
 pub use process::Process;
+pub use raw::Raw;

@@ -113,6 +113,16 @@ impl Process {
         Ok(ended.with_context(|| format!("it still runs after {patience:?}; its log:\n{}", self.log()))??)
     }
 
+    /// The last line of JSON that it printed, such as the account of `send`.
+    ///
+    /// # Errors
+    /// It printed none.
+    pub fn account(&self) -> anyhow::Result<serde_json::Value> {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.starts_with('{')).with_context(|| format!("no account:\n{log}"));
+        Ok(serde_json::from_str(line?)?)
+    }
+
     /// What it printed.
     #[must_use]
     pub fn log(&self) -> String {

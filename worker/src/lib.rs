@@ -13,6 +13,8 @@
 //! worker.run(warren_worker::shutdown::signals()?).await
 //! # }
 //! ```
+#![warn(clippy::print_stdout)]
+
 pub mod admin;
 pub mod cli;
 pub mod config;
