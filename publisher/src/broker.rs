@@ -95,13 +95,15 @@ impl Broker {
             Connection::connect_uri(uri.clone(), properties).await.map_err(|error| refusal(&uri, &error))?;
         let (tell, blocked) = watch::channel(None);
         let mut events = connection.events_listener();
+        let status = connection.status().clone();
         tokio::spawn(async move {
             use futures_util::StreamExt;
             while let Some(event) = events.next().await {
                 match event {
                     lapin::Event::ConnectionBlocked(reason) => tell.send_replace(Some(reason)),
                     lapin::Event::ConnectionUnblocked => tell.send_replace(None),
-                    lapin::Event::Error(_) => break,
+                    // A channel's error is told here too; the connection outlives it.
+                    lapin::Event::Error(_) if !status.connected() => break,
                     _ => continue,
                 };
             }

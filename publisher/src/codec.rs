@@ -14,12 +14,21 @@ pub enum Unwritable {
     #[error("the {0} has {1} bytes, AMQP carries at most 255")]
     TooLong(&'static str, usize),
     /// All headers must fit in one frame.
-    #[error("the headers have about {0} bytes, at most {HEADER_LIMIT} fit in a frame")]
-    Headers(usize),
+    #[error("the headers have about {0} bytes, at most {1} fit in a frame")]
+    Headers(usize, usize),
 }
 
-/// Below the smallest `frame_max` in common use (128 KiB), with room for the properties.
+/// The most bytes of headers that a frame of this size holds beside the other properties (five short strings and less);
+/// 0 = any size. Never more than fits in the common 128 KiB: the next hop's frames may be smaller than ours.
+pub(crate) fn header_room(frame_max: u32) -> usize {
+    match frame_max as usize {
+        0 => HEADER_LIMIT,
+        size => size.saturating_sub(PROPERTIES).min(HEADER_LIMIT),
+    }
+}
+
 const HEADER_LIMIT: usize = 100_000;
+const PROPERTIES: usize = 2048;
 /// `delivery_mode`: on disk.
 const PERSISTENT: u8 = 2;
 
@@ -89,11 +98,11 @@ fn depth(value: &AMQPValue) -> usize {
     deepest - 1
 }
 
-/// A message's properties. Everything is persistent.
+/// A message's properties, with so much room for headers. Everything is persistent.
 ///
 /// # Errors
 /// Names the property that AMQP cannot carry.
-pub fn write(message: &Message) -> Result<BasicProperties, Unwritable> {
+pub(crate) fn write(message: &Message, room: usize) -> Result<BasicProperties, Unwritable> {
     let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
     if let Some(text) = short("content type", message.content_type.as_deref())? {
         properties = properties.with_content_type(text);
@@ -129,8 +138,8 @@ pub fn write(message: &Message) -> Result<BasicProperties, Unwritable> {
         size += name.as_str().len() + if let AMQPValue::LongString(s) = &value { s.len() + 6 } else { 10 };
         table.insert(name, value);
     }
-    if size > HEADER_LIMIT {
-        return Err(Unwritable::Headers(size));
+    if size > room {
+        return Err(Unwritable::Headers(size, room));
     }
     Ok(properties.with_headers(table))
 }
@@ -196,7 +205,7 @@ mod tests {
         };
         message.set("warren-attempt", 2_u32);
         message.set("note", "schön");
-        let properties = write(&message).expect("writable");
+        let properties = write(&message, HEADER_LIMIT).expect("writable");
         let mut read = from_parts("x", "order.placed", &properties, b"{}".to_vec());
         read.headers.sort_by(|a, b| b.0.cmp(&a.0));
         assert_eq!(read, message);
@@ -205,9 +214,12 @@ mod tests {
     #[test]
     fn what_amqp_cannot_carry_is_refused_by_name() {
         let message = Message { message_id: Some("x".repeat(300)), ..Message::default() };
-        assert_eq!(write(&message), Err(Unwritable::TooLong("message id", 300)));
+        assert_eq!(write(&message, HEADER_LIMIT), Err(Unwritable::TooLong("message id", 300)));
         let mut message = Message::default();
         message.set("big", "x".repeat(200_000));
-        assert!(matches!(write(&message), Err(Unwritable::Headers(_))));
+        assert!(matches!(write(&message, header_room(0)), Err(Unwritable::Headers(..))));
+        message.set("big", "x".repeat(7_000));
+        assert!(write(&message, header_room(131_072)).is_ok());
+        assert!(matches!(write(&message, header_room(8192)), Err(Unwritable::Headers(_, 6144))));
     }
 }

@@ -15,6 +15,8 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation, Error};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -90,6 +92,9 @@ const CHUNK: usize = 256;
 
 /// Bytes of bodies in hand after which no more are taken: a window of large events must not fill the memory.
 const BYTES: usize = 64 << 20;
+
+/// How long the confirms of a channel that ended may take to say so.
+const ENDING: Duration = Duration::from_secs(1);
 
 struct Batch {
     messages: Vec<Message>,
@@ -192,7 +197,8 @@ enum End {
 impl Desk {
     async fn run(mut self, link: Link) {
         let mut link = Some(link);
-        // After a channel error so many messages go one at a time, so that the broker's next complaint names its cause.
+        // After a channel error the cause is among so many messages at the head of the queue. They go in windows of half
+        // their number, so every further complaint halves them, until one names its cause.
         let mut suspects = 0;
         loop {
             let current = match link.take().filter(Link::is_alive) {
@@ -237,15 +243,15 @@ impl Desk {
             Err(error) => return End::Lost(describe(&error)),
         };
         let end = loop {
-            let window = if *suspects > 0 { 1 } else { self.options.window };
-            while wire.flying.len() < window && !self.queue.is_empty() && !wire.is_blocked() {
+            let window = if *suspects > 0 { (*suspects / 2).max(1) } else { self.options.window };
+            while wire.flying.len() < window && !self.queue.is_empty() && !wire.is_blocked() && wire.failure.is_none() {
                 let chunk = CHUNK.min(window - wire.flying.len()).min(self.queue.len());
                 let entries: Vec<Entry> = self.queue.drain(..chunk).collect();
-                for (entry, refused) in wire.send(entries).await {
+                for (entry, refused) in self.write(&mut wire, entries).await {
                     self.settle(&entry, Err(refused));
                 }
             }
-            if let Some(error) = wire.failure.take() {
+            if let Some(error) = wire.verdict().await {
                 let said = describe(&error);
                 let of = wire.flying.len();
                 break if error.is_amqp_soft_error() { End::Accused { said, of } } else { End::Lost(said) };
@@ -291,6 +297,26 @@ impl Desk {
             self.queue.push_front(flight.entry);
         }
         end
+    }
+
+    /// Writes a chunk, and tells if the broker blocks meanwhile: the rest of the chunk then waits until it clears.
+    async fn write(&self, wire: &mut Wire, entries: Vec<Entry>) -> Vec<(Entry, Refused)> {
+        let mut blocked = wire.blocked.clone();
+        let mut writing = std::pin::pin!(wire.send(entries));
+        loop {
+            tokio::select! {
+                biased;
+                refused = &mut writing => return refused,
+                changed = blocked.changed() => match changed {
+                    Ok(()) => {
+                        let health = blocked.borrow_and_update().clone().map_or(Health::Open, Health::Blocked);
+                        self.tell.send_replace(health);
+                    }
+                    // The connection is gone, and the write fails with it.
+                    Err(_) => return writing.await,
+                }
+            }
+        }
     }
 
     fn accept(&mut self, batch: Batch) {
@@ -343,6 +369,8 @@ struct Wire {
     flying: BTreeMap<u64, Flight>,
     next: u64,
     failure: Option<Error>,
+    /// Bytes of headers that a frame of this connection can hold.
+    room: usize,
 }
 
 impl Wire {
@@ -356,6 +384,7 @@ impl Wire {
             flying: BTreeMap::new(),
             next: 0,
             failure: None,
+            room: codec::header_room(link.connection().configuration().frame_max()),
         })
     }
 
@@ -368,7 +397,7 @@ impl Wire {
         let mut refused = Vec::new();
         let mut ready = Vec::with_capacity(entries.len());
         for entry in entries {
-            match (codec::write(&entry.message), codec::address(&entry.message)) {
+            match (codec::write(&entry.message, self.room), codec::address(&entry.message)) {
                 (Ok(properties), Ok(address)) => {
                     ready.push((entry.message.clone(), properties, address));
                     let flight = Flight { entry, since: Instant::now(), confirmed: None, returned: None };
@@ -391,6 +420,21 @@ impl Wire {
             }
         }
         refused
+    }
+
+    /// Why the channel ended, if it did. A write that meets the closed channel does not know: the confirms do, and all
+    /// of them end with the channel.
+    async fn verdict(&mut self) -> Option<Error> {
+        if self.failure.as_ref()?.is_amqp_error() {
+            return self.failure.take();
+        }
+        let ending = async {
+            while let Some(confirm) = self.confirms.next().await {
+                self.note(confirm);
+            }
+        };
+        let _ = tokio::time::timeout(ENDING, ending).await;
+        self.failure.take()
     }
 
     fn fail(&mut self, error: Error) {
@@ -454,8 +498,7 @@ impl Wire {
     }
 
     fn drain(&mut self) {
-        use futures_util::FutureExt;
-        while let Some(Some(confirm)) = self.confirms.next().now_or_never() {
+        for confirm in ready(&mut self.confirms) {
             self.note(confirm);
         }
     }
@@ -471,5 +514,50 @@ impl Wire {
     fn touch(&mut self) {
         let now = Instant::now();
         self.flying.values_mut().for_each(|flight| flight.since = now);
+    }
+}
+
+/// Everything that is ready in a set of futures. A set gives way now and then although more of it is ready, and then
+/// wakes its task: `now_or_never` alone would take that for the end.
+fn ready<F: Future>(futures: &mut FuturesUnordered<F>) -> Vec<F::Output> {
+    struct Woken(AtomicBool);
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    let waker = Waker::from(woken.clone());
+    let mut ready = Vec::new();
+    loop {
+        match futures.poll_next_unpin(&mut std::task::Context::from_waker(&waker)) {
+            Poll::Ready(Some(output)) => ready.push(output),
+            Poll::Ready(None) => return ready,
+            Poll::Pending if woken.0.swap(false, Ordering::AcqRel) => {}
+            Poll::Pending => return ready,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ready_is_found_behind_futures_that_give_way() {
+        let futures = FuturesUnordered::new();
+        for i in 0..10 {
+            // Woken while polled, as by the library's thread.
+            let mut polls = 0;
+            futures.push(std::future::poll_fn(move |context| {
+                polls += 1;
+                if i < 9 && polls < 3 {
+                    context.waker().wake_by_ref();
+                }
+                if i == 9 { Poll::Ready(i) } else { Poll::Pending }
+            }));
+        }
+        let mut futures = futures;
+        assert_eq!(ready(&mut futures), [9]);
     }
 }

@@ -44,13 +44,15 @@ pub struct Account {
     pub refused: u64,
     /// May be on the broker: sending stopped before it answered.
     pub unknown: u64,
+    /// Whether the input was read to its end, and not only to an interrupt.
+    pub ended: bool,
 }
 
 impl Account {
-    /// Whether all that was read is on the broker.
+    /// Whether the whole input is on the broker.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.read == self.confirmed
+        self.ended && self.read == self.confirmed
     }
 }
 
@@ -70,6 +72,7 @@ enum Item {
     Chunk(Chunk),
     Bad(Line, Unreadable),
     Broken(std::io::Error),
+    End,
 }
 
 const CHUNK: usize = 256;
@@ -169,6 +172,7 @@ impl Feeder {
                 line = read.recv() => line,
             };
             if next.is_none() {
+                let _ = self.feed.send(Item::End).await;
                 return;
             }
             let (mut lines, mut messages, mut bytes) = (Vec::new(), Vec::new(), 0);
@@ -247,6 +251,7 @@ impl Collector {
                     self.refuse(&line, &Refusal::Line(error))?;
                 }
                 Item::Broken(error) => broken = Some(error),
+                Item::End => self.account.ended = true,
                 Item::Chunk(mut chunk) => {
                     self.account.read += chunk.lines.len() as u64;
                     let stopped = async {
@@ -275,7 +280,7 @@ impl Collector {
         if let Some(mut rejects) = self.rejects {
             rejects.flush().context("cannot write the rejects")?;
         }
-        if *stop.borrow() {
+        if !self.account.ended && *stop.borrow() {
             eprintln!("interrupted after {} lines: sending the same input again is harmless", self.account.read);
         }
         match broken {

@@ -70,7 +70,7 @@ async fn a_crash_before_the_commit_runs_the_handlers_again() -> anyhow::Result<(
 }
 
 #[tokio::test]
-async fn a_crash_after_the_commit_sends_what_was_recorded_and_runs_no_handler_again() -> anyhow::Result<()> {
+async fn what_a_worker_committed_before_its_crash_is_sent_by_the_next() -> anyhow::Result<()> {
     let after = crash("after-commit", 5).await?;
     ensure!(after.recorded > 0 && after.unsent > 0, "the outbox of the dead worker holds what it recorded last");
     Ok(())

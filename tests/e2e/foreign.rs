@@ -1,1 +1,207 @@
-//! (being written)
+//! Messages of systems that know nothing of Warren: what their handler sees, and what is kept of the promises.
+use anyhow::{Context, ensure};
+use lapin::ExchangeKind;
+use lapin::options::ExchangeDeclareOptions;
+use lapin::types::FieldTable;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+use warren_tests::raw::free_port;
+use warren_tests::{Lab, Raw, foreign, until};
+
+const PATIENCE: Duration = Duration::from_secs(90);
+
+async fn theirs(lab: &Lab, exchange: &str) -> anyhow::Result<()> {
+    let (connection, channel) = lab.channel().await?;
+    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    channel.exchange_declare(exchange.into(), ExchangeKind::Topic, options, FieldTable::default()).await?;
+    Ok(connection.close(200, "declared".into()).await?)
+}
+
+/// A pool that takes `order.#` from an upstream team's own exchange, with the acting handler.
+async fn pool(name: &str) -> anyhow::Result<Lab> {
+    let mut lab = Lab::new(name)?;
+    theirs(&lab, "orders-exchange").await?;
+    lab.set("WARREN_SUBSCRIBE", "orders-exchange:order.#");
+    lab.set("WARREN_ROUTES", &format!("routes: [{}]", lab.actor_route("order.#", "")));
+    lab.declare().await?;
+    Ok(lab)
+}
+
+fn attribute<'a>(event: &'a Value, name: &str) -> &'a str {
+    event[name].as_str().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_plain_message_of_an_upstream_team_becomes_an_event_with_its_properties() -> anyhow::Result<()> {
+    let Some(python) = foreign::python()? else { return Ok(()) };
+    let lab = pool("foreign-plain").await?;
+    let _worker = lab.worker()?;
+    let full = json!({
+        "key": "order.placed.eu", "body": "{\"total\": 12.5}", "content_type": "application/json",
+        "message_id": "m-1", "correlation_id": "customer-7", "type": "order.placed", "app_id": "shop",
+        "timestamp": 1_700_000_000, "headers": {"tenant": "acme", "retries": 3, "X-Odd": "stays behind"},
+    });
+    let bare = json!({"key": "order.bare", "body": "{\"total\": 1}", "message_id": "m-2"});
+    lab.upstream(&python, "orders-exchange", &[full, bare]).await?;
+    until("both handled", PATIENCE, || lab.acts().len() >= 2).await?;
+
+    let acts = lab.acts_of("m-1");
+    let event = &acts.first().context("the full message")?["event"];
+    for (name, wanted) in [
+        ("type", "order.placed"),
+        ("source", "shop"),
+        ("time", "2023-11-14T22:13:20Z"),
+        ("partitionkey", "customer-7"),
+        ("datacontenttype", "application/json"),
+        ("specversion", "1.0"),
+        ("tenant", "acme"),
+    ] {
+        ensure!(attribute(event, name) == wanted, "{name} is not '{wanted}': {event}");
+    }
+    ensure!(event["retries"] == 3 && event["data"] == json!({"total": 12.5}), "{event}");
+    ensure!(!event.to_string().contains("stays behind"), "{event}");
+
+    let acts = lab.acts_of("m-2");
+    let event = &acts.first().context("the bare message")?["event"];
+    ensure!(attribute(event, "type") == "order.bare", "without a type property the routing key is the type: {event}");
+    ensure!(attribute(event, "source") == "/amqp/orders-exchange", "{event}");
+    ensure!(event["data"] == json!({"total": 1}), "{event}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn repeats_of_a_plain_message_with_an_id_are_absorbed() -> anyhow::Result<()> {
+    let Some(python) = foreign::python()? else { return Ok(()) };
+    let lab = pool("foreign-repeats").await?;
+    let _worker = lab.worker()?;
+    let same = json!({"key": "order.placed", "message_id": "same", "correlation_id": "k", "app_id": "shop"});
+    let other = json!({"key": "order.placed", "message_id": "same", "correlation_id": "k", "app_id": "another shop"});
+    let last = json!({"key": "order.placed", "message_id": "last", "correlation_id": "k", "app_id": "shop"});
+    lab.upstream(&python, "orders-exchange", &[same.clone(), same.clone(), same.clone()]).await?;
+    lab.upstream(&python, "orders-exchange", &[same, other, last]).await?;
+    // One key: whatever came before the last is settled before it.
+    until("the last", PATIENCE, || !lab.acts_of("last").is_empty()).await?;
+    let sources: Vec<_> = lab.acts_of("same").iter().map(|act| act["event"]["source"].clone()).collect();
+    ensure!(sources == [json!("shop"), json!("another shop")], "{sources:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn messages_without_an_id_are_handled_counted_and_warned_about_once() -> anyhow::Result<()> {
+    let Some(python) = foreign::python()? else { return Ok(()) };
+    let mut lab = pool("foreign-anonymous").await?;
+    let address = format!("127.0.0.1:{}", free_port()?);
+    lab.set("WARREN_ADMIN_ADDR", &address);
+    let mut worker = lab.worker()?;
+    let message = |n: u32| json!({"key": "order.placed", "body": format!("{{\"n\": {n}}}"), "correlation_id": "k"});
+    let messages: Vec<Value> = (0..5).map(message).collect();
+    lab.upstream(&python, "orders-exchange", &messages).await?;
+    until("all handled", PATIENCE, || lab.acts().len() >= 5).await?;
+    let numbers: Vec<_> = lab.acts().iter().map(|act| act["event"]["data"]["n"].clone()).collect();
+    ensure!(numbers == [0, 1, 2, 3, 4], "{numbers:?}");
+    let ids: HashSet<_> = lab.acts().iter().map(|act| act["event"]["id"].to_string()).collect();
+    ensure!(ids.len() == 5, "each gets an id of its own: {ids:?}");
+
+    let (status, metrics) = lab.page(&address, "/metrics")?;
+    ensure!(status == 200 && metrics.contains("\nwarren_anonymous_total 5\n"), "{metrics}");
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    let warnings = worker.log().matches("came without message_id").count();
+    ensure!(warnings == 1, "{warnings} warnings: {}", worker.log());
+    Ok(())
+}
+
+#[tokio::test]
+async fn events_as_amqp_1_0_libraries_write_them_are_read() -> anyhow::Result<()> {
+    let lab = pool("foreign-amqp10").await?;
+    let _worker = lab.worker()?;
+    let attributes = [
+        ("specversion", "1.0"),
+        ("id", "a-1"),
+        ("source", "/sdk"),
+        ("type", "order.placed"),
+        ("subject", "order/7"),
+        ("time", "2026-01-02T03:04:05Z"),
+        ("tenant", "acme"),
+    ];
+    let message = Raw::new("order.placed", "{\"n\":1}").to("orders-exchange").content_type("application/json");
+    lab.publish(&[message.attributes("cloudEvents:", &attributes)]).await?;
+    until("handled", PATIENCE, || !lab.acts_of("a-1").is_empty()).await?;
+    let event = lab.acts_of("a-1")[0]["event"].clone();
+    for (name, wanted) in attributes {
+        ensure!(attribute(&event, name) == wanted, "{name} is not '{wanted}': {event}");
+    }
+    ensure!(event["data"] == json!({"n": 1}), "{event}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_lane_header_chooses_the_lane_and_an_unknown_lane_is_normal() -> anyhow::Result<()> {
+    let mut lab = Lab::new("foreign-lanes")?;
+    theirs(&lab, "orders-exchange").await?;
+    lab.set("WARREN_SUBSCRIBE", "orders-exchange:order.#");
+    lab.set("WARREN_LANES", "high:6,normal:3,low:1");
+    lab.set("WARREN_PARTITIONS", "1");
+    let address = format!("127.0.0.1:{}", free_port()?);
+    lab.set("WARREN_ADMIN_ADDR", &address);
+    lab.declare().await?;
+    let message = |id: &str, lane: &str| {
+        let message = Raw::new("order.placed", "{}").to("orders-exchange").id(id).key(id);
+        if lane.is_empty() { message } else { message.header("warren-lane", lane) }
+    };
+    let lanes = [("a", "high"), ("b", "low"), ("c", "low"), ("d", ""), ("e", "normal"), ("f", "express"), ("g", "")];
+    lab.publish(&lanes.map(|(id, lane)| message(id, lane))).await?;
+    let _worker = lab.worker()?;
+    lab.settled(lanes.len(), PATIENCE).await?;
+    for (lane, count) in [("high", 1), ("low", 2), ("normal", 4)] {
+        let line = format!("\nwarren_handled_total{{lane=\"{lane}\"}} {count}\n");
+        let counted = || lab.page(&address, "/metrics").is_ok_and(|(_, metrics)| metrics.contains(&line));
+        until(&line, PATIENCE, counted).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn classic_queues_let_a_higher_priority_overtake() -> anyhow::Result<()> {
+    let mut lab = Lab::new("foreign-classic")?;
+    lab.set("WARREN_QUEUE_TYPE", "classic");
+    lab.set("WARREN_PARTITIONS", "1");
+    lab.set("WARREN_CONCURRENCY", "1");
+    lab.set("WARREN_PREFETCH", "1");
+    lab.declare().await?;
+    let message = |id: &str, priority| Raw::new("order.placed", "{}").id(id).key(id).with(|p| p.with_priority(priority));
+    // All wait in the queue before the worker comes.
+    let queued: Vec<Raw> = (0..4).flat_map(|n| [message(&format!("low{n}"), 1), message(&format!("high{n}"), 9)]).collect();
+    lab.publish(&queued).await?;
+    let mut worker = lab.worker()?;
+    lab.settled(queued.len(), PATIENCE).await?;
+    let order: Vec<String> = lab.calls().into_iter().map(|[_, id, ..]| id).collect();
+    let wanted = ["high0", "high1", "high2", "high3", "low0", "low1", "low2", "low3"];
+    ensure!(order == wanted, "{order:?}");
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_order_two_workers_share_every_partition_and_handle_everything_once() -> anyhow::Result<()> {
+    let mut lab = Lab::new("foreign-unordered")?;
+    lab.set("WARREN_ORDER", "none");
+    lab.set("WARREN_PARTITIONS", "1");
+    lab.set("WARREN_PREFETCH", "10");
+    lab.declare().await?;
+    let recorded = lab.recorded().await?;
+    let mut events = warren_tests::events(300, 30);
+    for event in &mut events {
+        event["data"]["sleep"] = json!(0.005);
+    }
+    let ids = lab.send(&events).await?;
+    let (_one, _two) = (lab.worker()?, lab.worker()?);
+    lab.settled(300, PATIENCE).await?;
+    until("all heard", PATIENCE, || recorded.distinct().len() >= 300).await?;
+    let ledger = warren_tests::Ledger::of(&ids, &recorded, &lab.dead().await?)?;
+    ensure!(ledger.lost == 0 && ledger.twice == 0 && ledger.handled == 300, "{ledger:?}");
+    let mut by_program: BTreeMap<String, usize> = BTreeMap::new();
+    lab.calls().into_iter().for_each(|[pid, ..]| *by_program.entry(pid).or_default() += 1);
+    ensure!(by_program.len() == 2, "one worker did it all: {by_program:?}");
+    Ok(())
+}

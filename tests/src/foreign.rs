@@ -1,7 +1,9 @@
 //! Publishers of other makes: Python's pika, in an environment of its own.
-use crate::broker::scratch;
-use anyhow::{Context, ensure};
-use std::path::PathBuf;
+use crate::broker::{root, scratch};
+use crate::lab::Lab;
+use crate::process;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A Python with pika; none where neither PyPI nor a package of the system has it.
@@ -9,7 +11,7 @@ use std::process::Command;
 /// # Errors
 /// The scratch directory cannot be written.
 pub fn python() -> anyhow::Result<Option<PathBuf>> {
-    let has_pika = |python: &PathBuf| {
+    let has_pika = |python: &Path| {
         Command::new(python).args(["-c", "import pika"]).output().is_ok_and(|output| output.status.success())
     };
     let system = PathBuf::from("python3");
@@ -36,13 +38,15 @@ pub fn python() -> anyhow::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Runs a script of Python to its end.
-///
-/// # Errors
-/// What it printed.
-pub fn run(python: &PathBuf, script: &str, arguments: &[&str]) -> anyhow::Result<String> {
-    let output =
-        Command::new(python).arg("-c").arg(script).args(arguments).output().context("python does not start")?;
-    ensure!(output.status.success(), "python: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+impl Lab {
+    /// Publishes plain messages to an exchange with `tests/handlers/upstream.py`, mandatory and confirmed.
+    ///
+    /// # Errors
+    /// What it printed.
+    pub async fn upstream(&self, python: &Path, exchange: &str, messages: &[Value]) -> anyhow::Result<()> {
+        let mut command = Command::new(python);
+        command.arg(root().join("tests/handlers/upstream.py")).args([&self.url(), exchange]);
+        let lines: String = messages.iter().map(|message| format!("{message}\n")).collect();
+        process::expect_exit(&process::output(command, lines.into_bytes()).await?, 0).map(|_| ())
+    }
 }

@@ -41,7 +41,8 @@ impl Frames {
         start_ok.extend(short(b"en_US"));
         frames.method(0, 10, 11, &start_ok)?;
         frames.expect(10, 30)?;
-        frames.method(0, 10, 31, &[&[0, 0][..], &131_072_u32.to_be_bytes(), &[0, 0]].concat())?;
+        // What the broker offers: channels, bytes of a frame, no heartbeat.
+        frames.method(0, 10, 31, &[&2047_u16.to_be_bytes()[..], &131_072_u32.to_be_bytes(), &[0, 0]].concat())?;
         frames.method(0, 10, 40, &[short(vhost.as_bytes()), vec![0, 0]].concat())?;
         frames.expect(10, 41)?;
         frames.method(1, 20, 10, &[0])?;

@@ -8,10 +8,12 @@ pub mod frames;
 pub mod lab;
 pub mod ledger;
 pub mod process;
+pub mod proxy;
 pub mod raw;
 
 pub use broker::Rabbit;
 pub use lab::{Lab, event, events, until};
 pub use ledger::{Ledger, Sink};
 pub use process::Process;
+pub use proxy::{Answers, Proxy};
 pub use raw::Raw;

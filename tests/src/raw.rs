@@ -2,7 +2,7 @@
 use crate::lab::Lab;
 use anyhow::{Context, ensure};
 use lapin::BasicProperties;
-use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -97,6 +97,23 @@ pub struct Letter {
 }
 
 impl Letter {
+    fn of(delivery: &lapin::message::Delivery) -> Self {
+        let properties = &delivery.properties;
+        let text = |value: &AMQPValue| match value {
+            AMQPValue::LongString(s) => String::from_utf8_lossy(s.as_bytes()).into_owned(),
+            AMQPValue::LongLongInt(i) => i.to_string(),
+            AMQPValue::Boolean(b) => b.to_string(),
+            other => format!("({:?})", other.get_type()),
+        };
+        let headers = properties.headers().as_ref().map(FieldTable::inner).into_iter().flatten();
+        Self {
+            headers: headers.map(|(name, value)| (name.as_str().to_owned(), text(value))).collect(),
+            routing_key: delivery.routing_key.as_str().to_owned(),
+            id: properties.message_id().as_ref().map(|id| id.as_str().to_owned()).unwrap_or_default(),
+            body: delivery.data.clone(),
+        }
+    }
+
     /// A header; empty where there is none.
     #[must_use]
     pub fn header(&self, name: &str) -> &str {
@@ -131,24 +148,25 @@ impl Lab {
 
     /// Everything in a queue, first to last; it stays there.
     ///
+    /// By a consumer and not by `basic.get`: what that took, a quorum queue gets back in no order.
+    ///
     /// # Errors
     /// The queue cannot be read.
     pub async fn letters_in(&self, queue: &str) -> anyhow::Result<Vec<Letter>> {
+        use futures_util::StreamExt;
         let (connection, channel) = self.channel().await?;
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
+        let ready = declared.message_count() as usize;
+        let consuming =
+            channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
+        let mut consumer = consuming.await?;
         let mut letters = Vec::new();
-        while let Some(got) = channel.basic_get(queue.into(), BasicGetOptions::default()).await? {
-            let properties = &got.delivery.properties;
-            let text = |value: &AMQPValue| match value {
-                AMQPValue::LongString(s) => String::from_utf8_lossy(s.as_bytes()).into_owned(),
-                AMQPValue::LongLongInt(i) => i.to_string(),
-                AMQPValue::Boolean(b) => b.to_string(),
-                other => format!("({:?})", other.get_type()),
-            };
-            let headers = properties.headers().as_ref().map(FieldTable::inner);
-            let headers = headers.into_iter().flatten().map(|(n, v)| (n.as_str().to_owned(), text(v))).collect();
-            let id = properties.message_id().as_ref().map(|id| id.as_str().to_owned()).unwrap_or_default();
-            let routing_key = got.delivery.routing_key.as_str().to_owned();
-            letters.push(Letter { headers, routing_key, id, body: got.delivery.data.clone() });
+        loop {
+            // What another look returned a moment ago may still be on its way back into the queue.
+            let patience = Duration::from_millis(if letters.len() < ready { 10_000 } else { 300 });
+            let Ok(Some(delivery)) = tokio::time::timeout(patience, consumer.next()).await else { break };
+            letters.push(Letter::of(&delivery?));
         }
         channel.close(200, "read".into()).await?;
         connection.close(200, "read".into()).await?;

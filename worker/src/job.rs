@@ -35,6 +35,8 @@ pub(crate) struct Job {
     pub(crate) redelivered: bool,
     pub(crate) content: Content,
     pub(crate) state: State,
+    /// Whether the store counts its start.
+    pub(crate) mark: Mark,
     /// The hash of its key, where the schedule handed it out.
     pub(crate) key: Option<u64>,
     /// What the handler returned.
@@ -46,6 +48,28 @@ pub(crate) struct Job {
     /// Ends the handler, or the wait in place.
     pub(crate) abort: Option<tokio::task::AbortHandle>,
     pub(crate) since: Instant,
+}
+
+/// What is handled one after the other.
+#[derive(Debug, Hash)]
+pub(crate) enum Turn {
+    /// Events of a key.
+    Key(String),
+    /// Events that cannot be told apart.
+    Alike(Identity),
+}
+
+/// Whether the store counts a start of a delivery: while it does, a death of the process is laid at its door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// It does not.
+    Absent,
+    /// It was asked to.
+    Coming,
+    /// It does.
+    Present,
+    /// It was asked to take it back.
+    Going,
 }
 
 /// What all jobs of a worker share.
@@ -73,6 +97,7 @@ impl Job {
             redelivered,
             content,
             state,
+            mark: Mark::Absent,
             key: None,
             reply: Reply::default(),
             error: String::new(),
@@ -113,18 +138,30 @@ impl Job {
         }
     }
 
-    /// What starts are counted under. An event without an id of its own is known by its content: it gets another id at
-    /// every delivery, and would otherwise kill the process for ever.
+    /// What starts are counted under. An event without an id of its own is known by its content, key and partition: it
+    /// gets another id at every delivery, and would otherwise kill the process for ever.
     pub(crate) fn suspect(&self) -> Option<Identity> {
         match &self.content {
             Content::Event { event, identified: Identified::ByItself, .. } => Some(event.identity()),
             Content::Event { event, .. } => {
                 let body = event.data().map(|data| data.as_bytes()).unwrap_or_default();
                 let digest = Uuid::new_v5(&Uuid::NAMESPACE_OID, body).to_string();
-                Some(Identity::of(&format!("{}\0{}", event.source(), event.kind()), &digest))
+                let key = if event.key() == event.id() { "".into() } else { event.key() };
+                let queue = &self.ticket.place().queue;
+                Some(Identity::of(&format!("{}\0{}\0{key}\0{queue}", event.source(), event.kind()), &digest))
             }
             Content::Message(_) => None,
         }
+    }
+
+    /// What is handled one after the other: its key; for a redelivered event with neither key nor id, all that look like
+    /// it. They share one count of starts, so each has to end before the next begins.
+    pub(crate) fn turn(&self) -> Option<Turn> {
+        let event = self.event()?;
+        Some(match self.seen() {
+            None if self.redelivered && event.key() == event.id() => Turn::Alike(self.suspect()?),
+            _ => Turn::Key(event.key().into_owned()),
+        })
     }
 
     /// What the commit of its outcome writes.

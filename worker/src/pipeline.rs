@@ -6,7 +6,7 @@
 use crate::consumer::{self, Arrival, Subscriptions};
 use crate::fault;
 use crate::handler::{self, Call, Context, Handler};
-use crate::job::{House, Job};
+use crate::job::{House, Job, Mark};
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::store::{Effect, Left, Recorded, Row, Seen, Start, Store, StoreError};
@@ -204,14 +204,11 @@ impl Pipeline {
             News::Adopted(epoch, rows) => self.adopted(epoch, rows),
             News::Looked(ids, answer) => self.answered(Station::Look, ids, answer, Self::looked),
             News::Started(ids, answer) => {
-                let fact = |s: &mut Self, id, start: Start| {
-                    s.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed });
-                };
-                self.answered(Station::Start, ids, answer, fact);
+                self.answered(Station::Start, ids, answer, Self::started);
             }
             News::Unstarted(ids, answer) => {
                 let answer = answer.map(|()| ids.iter().map(|_| ()).collect());
-                self.answered(Station::Unstart, ids, answer, |s, id, ()| s.fact(id, Fact::Released));
+                self.answered(Station::Unstart, ids, answer, |s, id, ()| s.unstarted(id));
             }
             News::Committed(ids, effects, since, answer) => self.committed(ids, effects, since, answer),
             News::Published(ids, outcomes) => self.published(ids, outcomes),
@@ -296,10 +293,11 @@ impl Pipeline {
                 self.anonymous(&incoming);
             }
             let route = (self.parts.find)(incoming.event.kind());
-            let key = hash(&incoming.event.key());
             let (lane, priority, attempt, due) =
                 (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
-            self.jobs.insert(id, Job::of_event(ticket, redelivered, incoming, route));
+            let job = Job::of_event(ticket, redelivered, incoming, route);
+            let key = hash(&job.turn());
+            self.jobs.insert(id, job);
             let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
             if remaining > DUE {
                 self.fact(id, Fact::Early { remaining, attempt });
@@ -329,9 +327,17 @@ impl Pipeline {
             jobs.remove(&id);
         }
         self.leave_holds(|job| job.ticket.epoch() == epoch, Fact::Gone);
+        // The next owner must not take a run for a death of this process: what waits for its turn leaves, what runs is
+        // no longer counted.
+        let of = |s: &Self, id: &Id| s.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch);
+        let (leaving, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| of(self, id));
+        self.alone = staying;
+        VecDeque::into_iter(leaving).for_each(|id| self.fact(id, Fact::Interrupted));
+        let running: Vec<Id> = self.jobs.keys().filter(|id| of(self, id)).copied().collect();
+        running.into_iter().for_each(|id| self.unmark(id));
     }
 
-    /// Ends waits in place, and turns of suspects that have not come.
+    /// Ends waits in place.
     fn leave_holds(&mut self, which: impl Fn(&Job) -> bool, fact: Fact) {
         let holding = |job: &Job| matches!(job.state, State::Holding { .. });
         let held: Vec<Id> = self.jobs.iter().filter(|(_, j)| holding(j) && which(j)).map(|(id, _)| *id).collect();
@@ -360,6 +366,37 @@ impl Pipeline {
             Fact::Fresh { attempt }
         };
         self.fact(id, fact);
+    }
+
+    fn started(&mut self, id: Id, start: Start) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.mark = Mark::Present;
+        match job.state {
+            // Its turn has come: what the store knew was told before.
+            State::Running(_) => self.launch(id),
+            // It was interrupted meanwhile.
+            State::Leaving(_) => self.unmark(id),
+            _ => self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed }),
+        }
+        if self.jobs.get(&id).is_some_and(|job| !job.ticket.is_live()) {
+            self.unmark(id);
+        }
+    }
+
+    fn unstarted(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.mark = Mark::Absent;
+        if matches!(job.state, State::Leaving(_)) {
+            self.fact(id, Fact::Released);
+        }
+    }
+
+    /// Takes the record of a start back, whatever becomes of the job.
+    fn unmark(&mut self, id: Id) {
+        if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.mark == Mark::Present) {
+            job.mark = Mark::Going;
+            self.enqueue(Station::Unstart, id);
+        }
     }
 
     fn committed(
@@ -491,8 +528,11 @@ impl Pipeline {
     fn broke(&mut self, station: Station, ids: Vec<Id>) {
         for id in ids.into_iter().rev() {
             if let Some(job) = self.jobs.get(&id) {
-                let again = delivery::next(job.state, Fact::Broken, &self.parts.law);
-                debug_assert!(again.is_ok_and(|(state, _)| state == job.state), "a broken action repeats itself");
+                // What is only marked goes on meanwhile.
+                if !matches!(job.state, State::Running(_)) {
+                    let again = delivery::next(job.state, Fact::Broken, &self.parts.law);
+                    debug_assert!(again.is_ok_and(|(state, _)| state == job.state), "a broken action repeats itself");
+                }
                 self.station(station).waiting.push_front(id);
             }
         }
@@ -588,11 +628,19 @@ impl Pipeline {
     fn perform(&mut self, id: Id, action: Action) {
         match action {
             Action::Look => self.enqueue(Station::Look, id),
-            Action::Record => self.enqueue(Station::Start, id),
-            Action::Release => self.enqueue(Station::Unstart, id),
+            Action::Record => self.mark(id),
+            Action::Release => match self.jobs.get(&id).map(|job| job.mark) {
+                Some(Mark::Absent) => self.fact(id, Fact::Released),
+                // Where the store was asked already, its answer leads on.
+                _ => self.unmark(id),
+            },
             Action::CommitDone | Action::CommitDead(_) => self.enqueue(Station::Commit, id),
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
-            Action::Run(run) if run.company == Company::Alone => self.alone.push_back(id),
+            // Its start counts when its turn comes: whoever waits is not to blame for a death before that.
+            Action::Run(run) if run.company == Company::Alone => {
+                self.alone.push_back(id);
+                self.unmark(id);
+            }
             Action::Run(_) => self.launch(id),
             Action::Hold(run, after) => self.hold(id, run.attempt, after),
             Action::Ack => {
@@ -671,18 +719,27 @@ impl Pipeline {
         }
     }
 
-    /// A suspect runs when nothing else does and nothing handled is unrecorded: a crash then has one possible cause.
+    /// A suspect runs when nothing else does, nothing handled is unrecorded and no other's start is counted: a crash
+    /// then has one possible cause.
     fn turn_of_the_suspects(&mut self) {
         let unrecorded = |s: &Queue| s.busy || !s.waiting.is_empty();
-        let busy = [Station::Commit, Station::Publish, Station::Start].iter().any(|s| unrecorded(&self.stations[s]));
+        let before = [Station::Commit, Station::Publish, Station::Start, Station::Unstart];
+        let busy = before.iter().any(|s| unrecorded(&self.stations[s]));
         if self.solo.is_none()
             && self.active == self.alone.len()
             && !busy
             && let Some(id) = self.alone.pop_front()
         {
             self.solo = Some(id);
-            self.launch(id);
+            self.mark(id);
         }
+    }
+
+    /// Has the store count a start.
+    fn mark(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.mark = Mark::Coming;
+        self.enqueue(Station::Start, id);
     }
 
     fn enqueue(&mut self, station: Station, id: Id) {
@@ -711,7 +768,7 @@ impl Pipeline {
             let gone = |id: &Id| self.jobs.get(id).is_none_or(|job| !job.ticket.is_live());
             let (dead, live): (Vec<Id>, Vec<Id>) = ids.into_iter().partition(gone);
             ids = live;
-            dead.into_iter().for_each(|id| self.fact(id, Fact::Gone));
+            dead.into_iter().for_each(|id| self.gone(id));
         }
         if ids.is_empty() {
             return;
@@ -766,6 +823,14 @@ impl Pipeline {
         }
     }
 
+    fn gone(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        // What was to be counted is not.
+        job.mark = if job.mark == Mark::Coming { Mark::Absent } else { job.mark };
+        let fact = if matches!(job.state, State::Running(_)) { Fact::Interrupted } else { Fact::Gone };
+        self.fact(id, fact);
+    }
+
     fn suspects(&self, ids: &[Id]) -> Vec<Identity> {
         ids.iter().filter_map(|id| self.jobs.get(id)?.suspect()).collect()
     }
@@ -793,6 +858,7 @@ impl Pipeline {
     fn interrupt(&mut self) {
         let running = |job: &Job| matches!(job.state, State::Running(_));
         let ids: Vec<Id> = self.jobs.iter().filter(|(_, job)| running(job)).map(|(id, _)| *id).collect();
+        self.alone.clear();
         if !ids.is_empty() {
             tracing::warn!(events = ids.len(), "the drain is over: handlers are interrupted, their events come again");
         }
@@ -821,7 +887,7 @@ fn is_active(job: &Job) -> bool {
     job.key.is_some() && matches!(job.state, State::Received | State::Suspected { .. } | State::Running(_))
 }
 
-fn hash(key: &str) -> u64 {
+fn hash(key: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
     hasher.finish()

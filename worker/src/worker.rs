@@ -120,11 +120,12 @@ impl Worker {
         let run = format!("{name}#{}", uuid::Uuid::new_v4().simple());
         let recorder = metrics::install();
         let topology = config::topology(&settings, &routes);
-        let store = open(&settings.database, &run)?;
-        store.beat().await?;
-
         let broker = Broker::new(settings.amqp_url.clone(), format!("warren-worker {name}"));
         let link = broker.connect_within("publish", settings.connect_timeout).await?;
+        // The broker first, which connecting does not change; then the store; then declarations. A start that fails
+        // leaves nothing behind.
+        let store = open(&settings.database, &run)?;
+        store.beat().await?;
         match settings.declare {
             Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
             Declare::Never => declare::check(&link, &topology.declarations()).await?,

@@ -340,7 +340,11 @@ impl Slot {
             (End::Late(place), _) => {
                 if let Some(asked) = held.remove(place) {
                     let timeout = asked.call.context.timeout;
-                    tracing::warn!(program = name, left, "{name} gave no answer within {timeout:?}, it was killed");
+                    tracing::warn!(
+                        program = name,
+                        left,
+                        "{name} gave no answer within {timeout:?} and was killed; it must flush each"
+                    );
                     asked.retry(&format!("no answer within {timeout:?}"));
                 }
                 held.into_values().rev().for_each(|asked| self.again.push_front(asked));
@@ -358,7 +362,9 @@ impl Slot {
             all.for_each(|asked| asked.retry(&why));
         } else if held.len() == 1 {
             let why = format!("the program {why} while it handled this event");
-            held.into_values().for_each(|asked| asked.retry(&why));
+            for asked in held.into_values() {
+                asked.retry(&why);
+            }
         } else {
             self.suspects.extend(held.into_values());
         }

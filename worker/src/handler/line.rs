@@ -132,8 +132,8 @@ fn text(raw: &RawValue) -> Option<String> {
 
 /// Words of a program on one line that is not longer than this: nothing in them can forge a line of a log.
 pub(super) fn plain(text: &str, limit: usize) -> String {
-    let text = &text[..text.floor_char_boundary(limit)];
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let fits = text.char_indices().take_while(|(i, c)| i + c.len_utf8() <= limit);
+    fits.map(|(_, c)| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

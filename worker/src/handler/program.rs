@@ -55,13 +55,7 @@ impl Program {
     /// reaches what the program started.
     pub(super) fn start(argv: &[String], name: &Arc<str>) -> io::Result<Self> {
         let (program, arguments) = argv.split_first().ok_or_else(|| io::Error::other("no program is named"))?;
-        let mut command = Command::new(program);
-        command.args(arguments).process_group(0).kill_on_drop(true);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        WITHHELD.iter().for_each(|name| {
-            command.env_remove(name);
-        });
-        let mut child = command.spawn()?;
+        let mut child = command(program, arguments).spawn()?;
         let pid = child.id().unwrap_or_default();
         let pipe = || io::Error::other("a pipe is missing");
         let stderr = child.stderr.take().ok_or_else(pipe)?;
@@ -101,6 +95,16 @@ impl Program {
         log.abort();
         (status, words)
     }
+}
+
+fn command(program: &str, arguments: &[String]) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).process_group(0).kill_on_drop(true);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for name in WITHHELD {
+        command.env_remove(name);
+    }
+    command
 }
 
 /// Writes its stderr to the log, line by line.
@@ -215,5 +219,47 @@ impl Out {
             // One large event must not cost its size for ever.
             self.lines.shrink_to(1 << 18);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_withheld_and_nothing_else() {
+        let command = command("env", &[]);
+        let withheld: Vec<_> = command.as_std().get_envs().collect();
+        assert!(withheld.iter().all(|(_, value)| value.is_none()), "{withheld:?}");
+        let names: Vec<_> = withheld.iter().filter_map(|(name, _)| name.to_str()).collect();
+        assert_eq!(names, ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE", "RUST_MIN_STACK"]);
+    }
+
+    #[test]
+    fn the_calls_of_one_event_are_taken_in_their_order() {
+        let mut held = Held::default();
+        let [a, b] = ["a", "b"].map(|id| Identity::of("/tests", id));
+        for (identity, call) in [(a, 1), (b, 2), (a, 3)] {
+            held.push(identity, call);
+        }
+        assert_eq!(held.oldest(), Some((0, &1)));
+        assert_eq!(held.take(a), Some(1));
+        assert_eq!(held.oldest(), Some((1, &2)));
+        assert_eq!((held.take(a), held.take(a), held.len()), (Some(3), None, 1));
+        assert_eq!(held.take_all().into_values().collect::<Vec<_>>(), [2]);
+        held.push(b, 4);
+        assert_eq!(held.oldest(), Some((3, &4)), "no place is used again");
+        assert_eq!((held.take(b), held.is_empty()), (Some(4), true));
+    }
+
+    #[test]
+    fn what_is_written_goes_and_its_space_with_it() {
+        let mut out = Out::default();
+        out.lines().extend_from_slice(&vec![b'x'; 1 << 22]);
+        out.advance(1);
+        assert_eq!((out.rest().len(), out.is_empty()), ((1 << 22) - 1, false));
+        out.lines().push(b'y');
+        out.advance(1 << 22);
+        assert!(out.is_empty() && out.rest().is_empty() && out.lines().capacity() < 1 << 20);
     }
 }

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use warren_shared::{Identity, Message};
 
+/// Opens a store for the worker of this name.
+type Open = dyn Fn(&str) -> Arc<dyn Store> + Send + Sync;
+
 /// An empty store of some kind, opened by one worker after the other.
 pub(super) struct Candidate {
-    /// Opens it for the worker of this name.
-    pub(super) open: Box<dyn Fn(&str) -> Arc<dyn Store> + Send + Sync>,
+    pub(super) open: Box<Open>,
     /// What must live as long as the store.
     pub(super) _keep: Box<dyn std::any::Any + Send>,
 }
@@ -350,7 +352,10 @@ pub(super) async fn of_racing_workers_one_commits(candidate: &Candidate) {
     assert_eq!(winners.len(), EVENTS);
     let rows = outbox(candidate).await;
     assert_eq!(ids(&rows).into_iter().collect::<BTreeSet<_>>().len(), EVENTS);
-    assert!(rows.iter().all(|row| ids(&[row.clone()])[0].parse().is_ok_and(|event: usize| winners[&event] == row.id)));
+    assert!(
+        rows.iter()
+            .all(|row| ids(std::slice::from_ref(row))[0].parse().is_ok_and(|event: usize| winners[&event] == row.id))
+    );
 }
 
 pub(super) async fn nothing_asked_is_nothing_done(candidate: &Candidate) {

@@ -119,7 +119,7 @@ async fn a_store_that_another_holds_locked_is_read_and_says_so_when_written() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("warren.db");
     let store = Sqlite::open(&path, "a").expect("it opens");
-    store.run(|tx| Ok(tx.busy_timeout(Duration::from_millis(50))?)).await.expect("set");
+    store.run(|tx| tx.busy_timeout(Duration::from_millis(50))).await.expect("set");
     let other = Connection::open(&path).expect("it opens");
     other.execute_batch("BEGIN IMMEDIATE").expect("locked");
     let seen = vec![effect("1", 0).seen.expect("set")];

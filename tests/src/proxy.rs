@@ -1,0 +1,182 @@
+//! A proxy in front of the broker that reads AMQP frames: it counts what is unconfirmed, and may keep the broker's
+//! answers back.
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What happens to the broker's confirms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// They pass.
+    Pass,
+    /// They, and all that comes after them, wait.
+    Wait,
+    /// They are lost, and nothing else is: a confirm that got stuck in the broker.
+    Lost,
+}
+
+/// What went through, over all connections.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Messages published.
+    pub published: u64,
+    /// The most that were unconfirmed at one time on one connection.
+    pub most: usize,
+    /// Connections opened.
+    pub connections: u64,
+}
+
+/// The proxy; it ends with the test's runtime.
+#[derive(Debug)]
+pub struct Proxy {
+    /// The broker's URL, by way of the proxy.
+    pub url: String,
+    seen: Arc<Mutex<Seen>>,
+    answers: watch::Sender<Answers>,
+    cuts: watch::Sender<u64>,
+}
+
+const PUBLISH: [u16; 2] = [60, 40];
+const ACK: [u16; 2] = [60, 80];
+const NACK: [u16; 2] = [60, 120];
+const CONFIRM_SELECT: [u16; 2] = [85, 10];
+const HEADER: usize = 7;
+
+impl Proxy {
+    /// A proxy for a broker's URL of the form `amqp://user:password@host:port/vhost`.
+    ///
+    /// # Errors
+    /// The URL has another form, or no port is free.
+    pub async fn before(url: &str) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let from = url.find('@').map_or(0, |at| at + 1);
+        let to = url[from..].find('/').map_or(url.len(), |at| from + at);
+        let broker = url[from..to].to_owned();
+        let url = format!("{}{}{}", &url[..from], listener.local_addr()?, &url[to..]);
+        let (answers, gate) = watch::channel(Answers::Pass);
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let (cuts, cut) = watch::channel(0);
+        let proxy = Self { url, seen: seen.clone(), answers, cuts };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = TcpStream::connect(&broker).await else { continue };
+                // As a direct connection would be: no frame waits for the next one.
+                let _ = (client.set_nodelay(true), server.set_nodelay(true));
+                lock(&seen).connections += 1;
+                let open = Arc::new(Mutex::new(Open::default()));
+                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+                let (there, back) = (
+                    forward(from_client, to_server, open.clone(), seen.clone()),
+                    back(from_server, to_client, open, gate.clone()),
+                );
+                let mut cut = cut.clone();
+                cut.mark_unchanged();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = there => {}
+                        _ = back => {}
+                        _ = cut.changed() => {}
+                    }
+                });
+            }
+        });
+        Ok(proxy)
+    }
+
+    /// What went through.
+    #[must_use]
+    pub fn seen(&self) -> Seen {
+        lock(&self.seen).clone()
+    }
+
+    /// Cuts all connections, wherever in a frame they are.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// From now on the confirms go this way.
+    pub fn answers(&self, answers: Answers) {
+        self.answers.send_replace(answers);
+    }
+}
+
+/// The unconfirmed tags of a connection's one publishing channel.
+#[derive(Default)]
+struct Open {
+    next: u64,
+    tags: BTreeSet<u64>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A whole frame, and the method that it holds.
+async fn frame(from: &mut OwnedReadHalf) -> std::io::Result<(Vec<u8>, Option<[u16; 2]>)> {
+    let mut bytes = vec![0; HEADER];
+    from.read_exact(&mut bytes).await?;
+    let size = u32::from_be_bytes([bytes[3], bytes[4], bytes[5], bytes[6]]) as usize;
+    bytes.resize(HEADER + size + 1, 0);
+    from.read_exact(&mut bytes[HEADER..]).await?;
+    let number = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let method = (bytes[0] == 1).then(|| [number(HEADER), number(HEADER + 2)]);
+    Ok((bytes, method))
+}
+
+async fn forward(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    open: Arc<Mutex<Open>>,
+    seen: Arc<Mutex<Seen>>,
+) -> std::io::Result<()> {
+    let mut greeting = [0; 8];
+    from.read_exact(&mut greeting).await?;
+    to.write_all(&greeting).await?;
+    loop {
+        let (bytes, method) = frame(&mut from).await?;
+        match method {
+            Some(CONFIRM_SELECT) => *lock(&open) = Open::default(),
+            Some(PUBLISH) => {
+                let mut open = lock(&open);
+                open.next += 1;
+                let tag = open.next;
+                open.tags.insert(tag);
+                let mut seen = lock(&seen);
+                seen.published += 1;
+                seen.most = seen.most.max(open.tags.len());
+            }
+            _ => {}
+        }
+        to.write_all(&bytes).await?;
+    }
+}
+
+async fn back(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    open: Arc<Mutex<Open>>,
+    mut gate: watch::Receiver<Answers>,
+) -> std::io::Result<()> {
+    loop {
+        let (bytes, method) = frame(&mut from).await?;
+        if matches!(method, Some(ACK | NACK)) {
+            let gone = |_| std::io::Error::other("the test ended");
+            if *gate.wait_for(|answers| *answers != Answers::Wait).await.map_err(gone)? == Answers::Lost {
+                continue;
+            }
+            let at = HEADER + 4;
+            let tag = bytes[at..at + 8].iter().fold(0, |tag, byte| tag << 8 | u64::from(*byte));
+            // Before the client can know of it: the count is never too high.
+            let mut open = lock(&open);
+            if bytes[at + 8] & 1 == 1 {
+                open.tags = open.tags.split_off(&(tag + 1));
+            } else {
+                open.tags.remove(&tag);
+            }
+        }
+        to.write_all(&bytes).await?;
+    }
+}
