@@ -118,7 +118,9 @@ fn refuse_different(found: &[Found]) -> Result<(), DeclareError> {
     if different.is_empty() { Ok(()) } else { Err(DeclareError::Mismatch(different)) }
 }
 
-fn name(declaration: &Declaration) -> Option<&str> {
+/// The name that a declaration claims; a binding claims none.
+#[must_use]
+pub fn name(declaration: &Declaration) -> Option<&str> {
     match declaration {
         Declaration::Exchange { name, .. } | Declaration::Foreign { name } | Declaration::Queue { name, .. } => {
             Some(name)

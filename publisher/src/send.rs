@@ -7,8 +7,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use warren_shared::Message;
 use warren_shared::env::Settings;
 use warren_shared::event::Unreadable;
@@ -56,9 +57,18 @@ impl Account {
     }
 }
 
+/// A line, and its share of the memory that lines may take from their reading to their outcome.
+struct Held {
+    line: Line,
+    _share: OwnedSemaphorePermit,
+}
+
+/// Bytes of lines that are on their way at once. Each exists as line, as message and as frames.
+const BYTES: usize = 32 << 20;
+
 /// A chunk of lines on its way.
 struct Chunk {
-    lines: Vec<Line>,
+    lines: Vec<Held>,
     outcomes: Pin<Box<dyn Future<Output = Vec<Outcome>> + Send>>,
 }
 
@@ -70,7 +80,7 @@ enum Refusal {
 
 enum Item {
     Chunk(Chunk),
-    Bad(Line, Unreadable),
+    Bad(Held, Unreadable),
     Broken(std::io::Error),
     End,
 }
@@ -111,7 +121,8 @@ pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> 
     // Reading a terminal or a pipe blocks a thread of its own; the process does not wait for it at the end.
     let (lines, read) = mpsc::channel(CHUNK);
     let limit = settings.limits.body;
-    std::thread::spawn(move || read_lines(input, limit, &lines));
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::spawn(move || read_lines(input, limit, &lines, &runtime));
     tokio::spawn(feeder.run(read));
     Collector { account: Account::default(), rejects, screen, shown: 0 }.run(items, stop).await
 }
@@ -137,12 +148,23 @@ fn interrupted() -> tokio::sync::watch::Receiver<bool> {
     stop
 }
 
-fn read_lines(mut input: Box<dyn BufRead + Send>, limit: usize, lines: &mpsc::Sender<std::io::Result<Line>>) {
+fn read_lines(
+    mut input: Box<dyn BufRead + Send>,
+    limit: usize,
+    lines: &mpsc::Sender<std::io::Result<Held>>,
+    runtime: &tokio::runtime::Handle,
+) {
+    let room = Arc::new(Semaphore::new(BYTES));
     let mut number = 0;
     loop {
-        let line = match lines::next(&mut input, &mut number, limit + 1) {
+        let line = match lines::next(&mut input, &mut number, limit.saturating_add(1)) {
             Ok(None) => return,
-            Ok(Some(line)) => Ok(line),
+            Ok(Some(line)) => {
+                let size = line.text.len().clamp(1, BYTES) as u32;
+                // The semaphore is never closed.
+                let Ok(share) = runtime.block_on(room.clone().acquire_many_owned(size)) else { return };
+                Ok(Held { line, _share: share })
+            }
             Err(error) => Err(error),
         };
         let end = line.is_err();
@@ -161,7 +183,7 @@ struct Feeder {
 }
 
 impl Feeder {
-    async fn run(mut self, mut read: mpsc::Receiver<std::io::Result<Line>>) {
+    async fn run(mut self, mut read: mpsc::Receiver<std::io::Result<Held>>) {
         let started = Instant::now();
         let mut sent = 0_u64;
         let most = self.order.rate.map_or(CHUNK, |rate| (rate as usize / 20).clamp(1, CHUNK));
@@ -177,22 +199,22 @@ impl Feeder {
             }
             let (mut lines, mut messages, mut bytes) = (Vec::new(), Vec::new(), 0);
             // What is waiting makes a chunk; what is slow to come is not waited for.
-            while let Some(line) = next.take() {
-                let line = match line {
-                    Ok(line) => line,
+            while let Some(held) = next.take() {
+                let held = match held {
+                    Ok(held) => held,
                     Err(error) => {
                         let _ = self.feed.send(Item::Broken(error)).await;
                         break;
                     }
                 };
-                match self.message(&line) {
+                match self.message(&held.line) {
                     Ok(message) => {
-                        bytes += line.text.len();
-                        lines.push(line);
+                        bytes += held.line.text.len();
+                        lines.push(held);
                         messages.push(message);
                     }
                     Err(error) => {
-                        if self.feed.send(Item::Bad(line, error)).await.is_err() {
+                        if self.feed.send(Item::Bad(held, error)).await.is_err() {
                             return;
                         }
                     }
@@ -246,9 +268,9 @@ impl Collector {
         let mut broken = None;
         while let Some(item) = items.recv().await {
             match item {
-                Item::Bad(line, error) => {
+                Item::Bad(held, error) => {
                     self.account.read += 1;
-                    self.refuse(&line, &Refusal::Line(error))?;
+                    self.refuse(&held.line, &Refusal::Line(error))?;
                 }
                 Item::Broken(error) => broken = Some(error),
                 Item::End => self.account.ended = true,
@@ -264,7 +286,7 @@ impl Collector {
                         outcomes = &mut chunk.outcomes => outcomes,
                         () = stopped => chunk.lines.iter().map(|_| Err(Refused::Unknown)).collect(),
                     };
-                    for (line, outcome) in chunk.lines.iter().zip(outcomes) {
+                    for (Held { line, .. }, outcome) in chunk.lines.iter().zip(outcomes) {
                         self.screen.bar.inc(line.length as u64 + 1);
                         match outcome {
                             Ok(_) => self.account.confirmed += 1,

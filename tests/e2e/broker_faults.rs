@@ -2,7 +2,7 @@
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use warren_tests::{Lab, Ledger, Process, Sink, event, events, until};
+use warren_tests::{Answers, Lab, Ledger, Process, Proxy, Sink, event, events, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How soon the work goes on once the broker is back.
@@ -151,6 +151,51 @@ async fn connections_that_are_closed_by_force_are_opened_again() -> anyhow::Resu
     let again = workers[0].log().matches("subscribing again").count();
     ensure!(again >= 5 * 3, "three partitions, five rounds, {again} new subscriptions");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_are_cut_in_mid_frame_lose_and_repeat_nothing() -> anyhow::Result<()> {
+    let mut lab = Lab::new("faults-cut")?;
+    lab.declare().await?;
+    let recorded = lab.recorded().await?;
+    let proxy = Proxy::before(&lab.url()).await?;
+    let direct = lab.url();
+    lab.set("AMQP_URL", &proxy.url);
+    let mut workers = [lab.worker()?, lab.worker()?];
+    lab.set("AMQP_URL", &direct);
+    let events = events(3000, 30);
+    let mut sender = lab.sender(&events, &["--rate", "300"])?;
+    for round in 1..=10 {
+        lab.progressed(round * 200, PATIENCE).await?;
+        let before = proxy.seen().connections;
+        proxy.cut();
+        // Two workers, each with a connection to publish and one to consume.
+        until("all are connected again", PATIENCE, || proxy.seen().connections >= before + 4).await?;
+    }
+    ensure!(sender.wait(PATIENCE).await?.success(), "{}", sender.log());
+    adds_up(&lab, &recorded, &ids_of(&events), &mut workers).await.map(|_| ())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_confirms_get_lost_publishes_again_with_the_same_ids() -> anyhow::Result<()> {
+    let mut lab = Lab::new("faults-confirms-lost")?;
+    lab.declare().await?;
+    let recorded = lab.recorded().await?;
+    let proxy = Proxy::before(&lab.url()).await?;
+    let direct = lab.url();
+    lab.set("AMQP_URL", &proxy.url);
+    lab.set("WARREN_PUBLISH_TIMEOUT", "2s");
+    let mut workers = [lab.worker()?];
+    lab.set("AMQP_URL", &direct);
+    let (mut ids, _) = proves_to_work(&lab, &recorded, "before").await?;
+    proxy.answers(Answers::Lost);
+    let before = proxy.seen().connections;
+    let events = events(100, 10);
+    ids.extend(lab.send(&events).await?);
+    until("it gives the connection up", PATIENCE, || proxy.seen().connections > before).await?;
+    ensure!(lab.outbox() > 0, "an outgoing event was forgotten without its confirm");
+    proxy.answers(Answers::Pass);
+    adds_up(&lab, &recorded, &ids, &mut workers).await.map(|_| ())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

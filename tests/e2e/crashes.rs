@@ -1,10 +1,11 @@
 //! The worker is killed (-9) wherever it can hurt: between any two steps, and at random under load.
 use anyhow::{Context, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
-use warren_tests::{Lab, Ledger, Process, event, events};
+use warren_tests::{Lab, Ledger, Process, event, events, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const SIGKILL: i32 = 9;
@@ -187,7 +188,7 @@ async fn retries_and_dead_letters_across_kills_end_once_each() -> anyhow::Result
     killed?;
     let ids = ids?;
     lab.settled(900, PATIENCE).await?;
-    warren_tests::until("all heard", PATIENCE, || heard.distinct().len() >= 600).await?;
+    until("all heard", PATIENCE, || heard.distinct().len() >= 600).await?;
     let letters = lab.dead().await?;
     println!("{} letters, {} of them repeats", letters.len(), letters.len().saturating_sub(300));
     // A letter that was sent and not forgotten is sent again: one event, one death, told twice.
@@ -211,4 +212,68 @@ async fn retries_and_dead_letters_across_kills_end_once_each() -> anyhow::Result
     }
     ensure!(lab.starts() == 0 && lab.queued().await? == 0, "{} starts, {} queued", lab.starts(), lab.queued().await?);
     Ok(())
+}
+
+/// Runs until the store is not locked by a process that is stopped; stops it in such a moment.
+async fn stop_outside_of_transactions(lab: &Lab, worker: &Process) -> anyhow::Result<()> {
+    for _ in 0..100 {
+        worker.signal(Signal::STOP)?;
+        let store = rusqlite::Connection::open(lab.path("warren.db"))?;
+        store.busy_timeout(Duration::from_millis(200))?;
+        if store.execute_batch("BEGIN IMMEDIATE; ROLLBACK").is_ok() {
+            return Ok(());
+        }
+        worker.signal(Signal::CONT)?;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    anyhow::bail!("it always holds the store")
+}
+
+/// A worker is cut off from the broker while it handles an event, and has its outcome committed before its successor
+/// has, but not published. False: it was too quick for us and published it.
+async fn zombie_commits_first(lab: &Lab) -> anyhow::Result<bool> {
+    let heard = lab.recorded().await?;
+    let zombie = lab.worker()?;
+    until("it consumes", PATIENCE, || lab.connections("w0 (consume)").is_ok_and(|names| !names.is_empty())).await?;
+    let mut all = events(2, 1);
+    all[0]["data"] = json!({"sleeps": [2, 6, 0]});
+    let ids = lab.send(&all).await?;
+    until("it runs", PATIENCE, || lab.calls().len() == 1).await?;
+    zombie.signal(Signal::STOP)?;
+    let _successor = lab.worker()?;
+    ensure!(lab.close(&lab.connections("warren-worker w0")?)? >= 2, "it has two connections");
+    until("the successor runs it too", PATIENCE, || lab.calls().len() == 2).await?;
+    let notes = || std::fs::read_to_string(lab.path("calls")).unwrap_or_default();
+    until("the zombie's program answers", PATIENCE, || notes().contains("answered")).await?;
+
+    zombie.signal(Signal::CONT)?;
+    while lab.inbox() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    stop_outside_of_transactions(lab, &zombie).await?;
+    if lab.outbox() != 1 || notes().matches("answered").count() > 1 {
+        zombie.signal(Signal::CONT)?;
+        return Ok(false);
+    }
+    until("the successor's next event is published", PATIENCE, || !heard.distinct().is_empty() && lab.inbox() == 2)
+        .await?;
+    until("both are published, by whomever", PATIENCE, || heard.distinct().len() == 2 || lab.outbox() == 1).await?;
+    zombie.signal(Signal::CONT)?;
+    let ledger = lab.account(&ids, &heard, PATIENCE).await?;
+    ensure!(ledger.adds_up() && ledger.handled == 2, "{ledger:?}");
+    Ok(true)
+}
+
+#[tokio::test]
+async fn what_a_zombie_committed_is_published_before_its_successors_next_event() -> anyhow::Result<()> {
+    for _ in 0..5 {
+        let mut lab = Lab::new("crashes-zombie")?;
+        lab.set("WARREN_ROUTES", &lab.fresh_route(""));
+        lab.set("WARREN_PARTITIONS", "1");
+        lab.declare().await?;
+        if zombie_commits_first(&lab).await? {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("the zombie published what it committed before it could be stopped, five times")
 }

@@ -268,7 +268,6 @@ async fn a_replay_that_is_killed_in_the_middle_loses_nothing() -> anyhow::Result
     repair(&lab)?;
     let again = treated(&lab, &["replay", "--all"]).await?;
     ensure!(again > 0, "letters were left");
-    println!("{again} replayed by the second run, {} left", lab.letters().await?.len());
     let _worker = lab.worker()?;
     let handled = || {
         let acts = lab.acts();

@@ -190,7 +190,10 @@ async fn a_draining_worker_is_alive_and_not_ready() -> anyhow::Result<()> {
     until("it drains", PATIENCE, || worker.log().contains("draining")).await?;
     let ready = probe(&address, "/readyz").context("/readyz answers while it drains")?;
     let live = probe(&address, "/livez").context("/livez answers while it drains")?;
-    ensure!(ready.0 == 503 && ready.1["reasons"].as_array().is_some_and(|r| r.contains(&json!("draining"))), "{ready:?}");
+    ensure!(
+        ready.0 == 503 && ready.1["reasons"].as_array().is_some_and(|r| r.contains(&json!("draining"))),
+        "{ready:?}"
+    );
     ensure!(live.0 == 200, "{live:?}");
     ensure!(lab.inbox() == 0, "the probes came too late to see the drain");
     ensure!(worker.wait(PATIENCE).await?.success(), "{}", worker.log());
@@ -213,12 +216,9 @@ async fn sigterm_while_a_mute_broker_is_asked_ends_the_worker_at_once() -> anyho
 async fn sigterm_while_the_broker_is_away_ends_the_worker_at_once() -> anyhow::Result<()> {
     let mut lab = Lab::new("drain-away")?;
     // Bound and not listening: nobody else gets the port, and whoever connects is refused.
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None)?;
-    rustix::net::bind(&socket, &"127.0.0.1:0".parse::<std::net::SocketAddr>()?)?;
-    let port = match rustix::net::getsockname(&socket)?.try_into()? {
-        std::net::SocketAddr::V4(address) => address.port(),
-        other => anyhow::bail!("{other} is no IPv4 address"),
-    };
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.bind("127.0.0.1:0".parse()?)?;
+    let port = socket.local_addr()?.port();
     lab.set("AMQP_URL", &format!("amqp://guest:guest@127.0.0.1:{port}/%2f"));
     lab.set("WARREN_CONNECT_TIMEOUT", "100s");
     let mut worker = lab.worker()?;

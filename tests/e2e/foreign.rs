@@ -169,9 +169,11 @@ async fn classic_queues_let_a_higher_priority_overtake() -> anyhow::Result<()> {
     lab.set("WARREN_CONCURRENCY", "1");
     lab.set("WARREN_PREFETCH", "1");
     lab.declare().await?;
-    let message = |id: &str, priority| Raw::new("order.placed", "{}").id(id).key(id).with(|p| p.with_priority(priority));
+    let message =
+        |id: &str, priority| Raw::new("order.placed", "{}").id(id).key(id).with(|p| p.with_priority(priority));
     // All wait in the queue before the worker comes.
-    let queued: Vec<Raw> = (0..4).flat_map(|n| [message(&format!("low{n}"), 1), message(&format!("high{n}"), 9)]).collect();
+    let queued: Vec<Raw> =
+        (0..4).flat_map(|n| [message(&format!("low{n}"), 1), message(&format!("high{n}"), 9)]).collect();
     lab.publish(&queued).await?;
     let mut worker = lab.worker()?;
     lab.settled(queued.len(), PATIENCE).await?;

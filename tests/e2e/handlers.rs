@@ -63,8 +63,11 @@ async fn a_handler_that_gives_up_kills_its_event_at_the_first_attempt() -> anyho
 async fn a_wait_that_the_handler_asks_for_is_kept_through_the_ladder() -> anyhow::Result<()> {
     // The policy alone would wait a tenth of a second.
     let (lab, _worker) = acting("handlers-after", ", retry: {attempts: 2, backoff: 100ms, max: 100ms}").await?;
-    lab.send(&[order("two", "a", json!({"fail": 1, "after": "2s"})), order("seven", "b", json!({"fail": 1, "after": "7s"}))])
-        .await?;
+    lab.send(&[
+        order("two", "a", json!({"fail": 1, "after": "2s"})),
+        order("seven", "b", json!({"fail": 1, "after": "7s"})),
+    ])
+    .await?;
     lab.settled(2, PATIENCE).await?;
     ensure!(lab.letters().await?.is_empty(), "{:?}", lab.letters().await?);
     for (id, wish) in [("two", 2.0), ("seven", 7.0)] {
@@ -217,10 +220,14 @@ async fn emitted_events_inherit_key_trace_and_an_id_that_is_derived() -> anyhow:
     let (lab, _worker) = acting("handlers-emit", QUICK).await?;
     let heard = Sink::listen(&lab.url(), "heard", "warren.events", "test.#").await?;
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let mut parent = order("parent", "customer-7", json!({"emit": [
-        {"type": "test.plain", "data": {"n": 1}},
-        {"type": "test.own", "id": "own", "subject": "its own key", "source": "/own"},
-    ]}));
+    let mut parent = order(
+        "parent",
+        "customer-7",
+        json!({"emit": [
+            {"type": "test.plain", "data": {"n": 1}},
+            {"type": "test.own", "id": "own", "subject": "its own key", "source": "/own"},
+        ]}),
+    );
     parent["traceparent"] = json!(trace);
     lab.send(&[parent]).await?;
     until("both heard", PATIENCE, || heard.heard().len() >= 2).await?;

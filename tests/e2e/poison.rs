@@ -87,7 +87,8 @@ async fn publish_anonymous(lab: &Lab, body: &Value) -> anyhow::Result<()> {
     let properties = BasicProperties::default().with_delivery_mode(2);
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
     let body = body.to_string();
-    let confirm = channel.basic_publish(BUS.into(), "order.placed".into(), options, body.as_bytes(), properties).await?;
+    let confirm =
+        channel.basic_publish(BUS.into(), "order.placed".into(), options, body.as_bytes(), properties).await?;
     let confirmation = confirm.await?;
     ensure!(confirmation.is_ack() && confirmation.take_message().is_none(), "the broker did not take it");
     Ok(())
@@ -142,20 +143,11 @@ async fn anonymous_messages_that_look_alike_do_not_die_for_each_other() -> anyho
     Ok(())
 }
 
-/// Closes a worker's connections from the broker's side, as an operator or a proxy does.
-fn close(lab: &Lab, names: &[String]) -> anyhow::Result<usize> {
-    // One that has gone meanwhile is none to close.
-    let close = |name: &&String| {
-        let name = name.replace(' ', "%20").replace('>', "%3E").replace(':', "%3A");
-        lab.rabbit.api("DELETE", &format!("connections/{name}"), None).is_ok()
-    };
-    Ok(names.iter().filter(close).count())
-}
-
 /// The names of the connections whose consumers are the active ones.
 fn active(lab: &Lab) -> anyhow::Result<Vec<String>> {
     let consumers = lab.rabbit.api("GET", &format!("consumers/{}", lab.name), None)?;
-    let ours = |c: &&Value| c["active"] == json!(true) && c["queue"]["name"].as_str().is_some_and(|n| n.contains(".p0"));
+    let ours =
+        |c: &&Value| c["active"] == json!(true) && c["queue"]["name"].as_str().is_some_and(|n| n.contains(".p0"));
     let name = |c: &Value| c["channel_details"]["connection_name"].as_str().map(str::to_owned);
     let mut names: Vec<String> = consumers.as_array().into_iter().flatten().filter(ours).filter_map(name).collect();
     names.sort();
@@ -177,7 +169,7 @@ async fn connections_that_break_again_and_again_are_no_events_fault() -> anyhow:
             lab.progressed(round * 150, PATIENCE).await?;
             let mut closed = 0;
             until("a connection to close", PATIENCE, || {
-                closed = lab.connections("warren-worker").and_then(|names| close(&lab, &names)).unwrap_or(0);
+                closed = lab.connections("warren-worker").and_then(|names| lab.close(&names)).unwrap_or(0);
                 closed > 0
             })
             .await?;
@@ -202,9 +194,9 @@ async fn a_slow_event_that_wanders_through_the_fleet_as_connections_break_is_inn
     let heard: Sink = lab.recorded().await?;
     let _fleet = [lab.worker()?, lab.worker()?, lab.worker()?, lab.worker()?, lab.worker()?];
     until("five consumers", PATIENCE, || {
-        lab.rabbit
-            .api("GET", &format!("consumers/{}", lab.name), None)
-            .is_ok_and(|c| c.as_array().is_some_and(|c| c.iter().filter(|c| c["queue"]["name"] != "sink.recorded").count() == 5))
+        lab.rabbit.api("GET", &format!("consumers/{}", lab.name), None).is_ok_and(|c| {
+            c.as_array().is_some_and(|c| c.iter().filter(|c| c["queue"]["name"] != "sink.recorded").count() == 5)
+        })
     })
     .await?;
     let ids = lab.send(&[event("slow", "order.placed", "k", json!({"sleep": 25}))]).await?;
@@ -214,7 +206,7 @@ async fn a_slow_event_that_wanders_through_the_fleet_as_connections_break_is_inn
         ensure!(lab.inbox() == 0, "it has an outcome at owner {owner}: {:?}{}", lab.dead().await?, lab.logs());
         let mut closed = 0;
         until("the active connection", PATIENCE, || {
-            closed = active(&lab).and_then(|names| close(&lab, &names)).unwrap_or(0);
+            closed = active(&lab).and_then(|names| lab.close(&names)).unwrap_or(0);
             closed > 0
         })
         .await?;

@@ -24,7 +24,10 @@ async fn the_receipt_log_comes_out_as_its_own_directly_follows_graph_across_kill
     let mut lab = Lab::new("receipt")?;
     let (echo, calls) = (root().join("tests/handlers/echo.py"), lab.path("calls"));
     let (echo, calls) = (echo.display(), calls.display());
-    lab.set("WARREN_ROUTES", &format!("routes: [{{on: 'receipt.#', exec: [python3, '{echo}', seen.receipt, '{calls}']}}]"));
+    lab.set(
+        "WARREN_ROUTES",
+        &format!("routes: [{{on: 'receipt.#', exec: [python3, '{echo}', seen.receipt, '{calls}']}}]"),
+    );
     lab.declare().await?;
     let seen = Sink::listen(&lab.url(), "seen", BUS, "seen.receipt").await?;
 
@@ -48,7 +51,11 @@ async fn the_receipt_log_comes_out_as_its_own_directly_follows_graph_across_kill
     until("all heard", PATIENCE, || seen.distinct().len() >= count).await?;
 
     let found = graph(&seen)?;
-    println!("{count} events of {} cases, {} repeats by id", found["cases"], seen.heard().len() - seen.distinct().len());
+    println!(
+        "{count} events of {} cases, {} repeats by id",
+        found["cases"],
+        seen.heard().len() - seen.distinct().len()
+    );
     for part in ["events", "cases", "starts", "ends", "directly_follows"] {
         ensure!(found[part] == wanted[part], "{part}: found {}\nwanted {}", found[part], wanted[part]);
     }

@@ -5,7 +5,8 @@ usage: ledger.py FILE        each call appends "<pid> <id> <key> <sequence> <att
                              shows as two events instead of one repeated
 
 What an event's data asks for happens: {"fail": N} fails the first N attempts, {"dead": true} fails for good,
-{"sleep": S} takes S seconds, {"exit": true} ends this program, {"kill_parent": true} kills the worker (-9).
+{"sleep": S} takes S seconds, {"exit": true} ends this program, {"kill_parent": true} kills the worker (-9),
+{"sleeps": [S, T]} takes S seconds the first time it is called, by whichever worker, T the next, and notes "answered <id>".
 """
 import json
 import os
@@ -26,6 +27,12 @@ def kill_parent():
             time.sleep(5)
 
 
+def calls(wanted):
+    """How often this event was handed to a program."""
+    with open(sys.argv[1], encoding="utf-8") as notes:
+        return sum(len(note.split(" ")) == 5 and note.split(" ")[1] == wanted for note in notes)
+
+
 ledger = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 for line in sys.stdin:
@@ -42,6 +49,8 @@ for line in sys.stdin:
         os._exit(3)
     if data.get("sleep"):
         time.sleep(data["sleep"])
+    if data.get("sleeps"):
+        time.sleep(data["sleeps"][calls(event["id"]) - 1])
     if data.get("dead"):
         answer.update(status="dead", error="asked to die")
     elif data.get("fail", 0) >= call["attempt"]:
@@ -58,3 +67,5 @@ for line in sys.stdin:
             answer["emit"][0]["id"] = str(uuid.uuid4())
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
+    if data.get("sleeps"):
+        os.write(ledger, f"answered {event['id']}\n".encode())

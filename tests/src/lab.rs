@@ -204,16 +204,22 @@ impl Lab {
         Ok(found.ok().map(|queue| (queue.message_count(), queue.consumer_count())))
     }
 
-    /// Takes all messages out of a queue.
+    /// Takes all messages out of a queue that nobody publishes to now.
     ///
     /// # Errors
-    /// The broker cannot be reached.
+    /// The broker cannot be reached, or holds some of them back.
     pub async fn take_all(&self, queue: &str) -> anyhow::Result<Vec<Message>> {
+        use futures_util::StreamExt;
+        let (ready, _) = self.depth(queue).await?.with_context(|| format!("there is no {queue}"))?;
         let (_connection, channel) = self.channel().await?;
+        let options = lapin::options::BasicConsumeOptions { no_ack: true, ..Default::default() };
+        let mut consumer =
+            channel.basic_consume(queue.into(), "".into(), options, lapin::types::FieldTable::default()).await?;
         let mut messages = Vec::new();
-        let options = lapin::options::BasicGetOptions { no_ack: true };
-        while let Some(got) = channel.basic_get(queue.into(), options).await? {
-            messages.push(warren_publisher::codec::read(got.delivery));
+        while messages.len() < ready as usize {
+            let next = tokio::time::timeout(Duration::from_secs(30), consumer.next()).await;
+            let next = next.with_context(|| format!("{} of {ready} came out of {queue}", messages.len()))?;
+            messages.push(warren_publisher::codec::read(next.context("the consumer ended")??));
         }
         Ok(messages)
     }
@@ -386,6 +392,20 @@ impl Lab {
         let connection = lapin::Connection::connect(&self.url(), lapin::ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
+    }
+
+    /// Closes connections from the broker's side, as an operator or a proxy does; returns how many were there.
+    ///
+    /// # Errors
+    /// The management interface does not answer.
+    pub fn close(&self, connections: &[String]) -> anyhow::Result<usize> {
+        // One that has gone meanwhile is none to close.
+        let close = |name: &&String| {
+            let name = name.replace(' ', "%20").replace('>', "%3E").replace(':', "%3A");
+            self.rabbit.api("DELETE", &format!("connections/{name}"), None).is_ok()
+        };
+        self.rabbit.api("GET", "overview", None)?;
+        Ok(connections.iter().filter(close).count())
     }
 
     /// The names of this vhost's connections that hold a text.

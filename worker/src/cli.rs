@@ -1,13 +1,14 @@
 //! The commands of `warren-worker`.
+use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::shutdown;
 use crate::worker::{Worker, open, worker_name};
 use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
-use warren_publisher::declare::{self, Found};
+use warren_publisher::declare::{self, DeclareError, Found};
 use warren_publisher::process::{self, count, exit};
 use warren_publisher::{Broker, BrokerError};
-use warren_shared::env::{Reader, Settings, help};
+use warren_shared::env::{Declare, Reader, Settings, help};
 use warren_shared::topology::{Declaration, Topology};
 
 /// Handles events from RabbitMQ: each once, in order for its key, urgent ones first.
@@ -103,7 +104,13 @@ pub fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(code) => return code,
     };
-    let worker = match Worker::builder(settings.clone()).build() {
+    let built = Worker::builder(settings.clone()).build();
+    if let (Command::Check, Err(mistakes)) = (&cli.command, &built) {
+        let topology = config::topology(&settings, &config::Routes::default());
+        let mistakes = mistakes.clone();
+        return end(process::run(async move { check(&settings, &topology, &mistakes).await }));
+    }
+    let worker = match built {
         Ok(worker) => worker,
         Err(mistakes) => {
             eprintln!("the routes have {}:", count(mistakes.len(), "mistake"));
@@ -111,15 +118,18 @@ pub fn main() -> ExitCode {
             return ExitCode::from(exit::USAGE);
         }
     };
-    let ran = process::run(async move {
+    end(process::run(async move {
         let topology = worker.topology();
         match cli.command {
             Command::Run => worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS),
-            Command::Check => check(&settings, &topology).await,
+            Command::Check => check(&settings, &topology, &[]).await,
             Command::Topology { apply } => plan(&settings, &topology, apply).await,
             Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
         }
-    });
+    }))
+}
+
+fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
     match ran {
         Ok(code) => code,
         Err(error) if error.is::<crate::store::StoreError>() => {
@@ -130,9 +140,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn check(settings: &Settings, topology: &Topology) -> anyhow::Result<ExitCode> {
-    // Variables and routes were read on the way here.
-    println("ok       configuration and routes")?;
+async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) -> anyhow::Result<ExitCode> {
     let mut worst = 0;
     let mut tell = |what: &str, result: Result<(), (u8, String)>| -> anyhow::Result<()> {
         match result {
@@ -143,6 +151,13 @@ async fn check(settings: &Settings, topology: &Topology) -> anyhow::Result<ExitC
             }
         }
     };
+    // The variables were read on the way here.
+    if mistakes.is_empty() {
+        tell("configuration and routes", Ok(()))?;
+    }
+    for mistake in mistakes {
+        tell("routes", Err((exit::USAGE, mistake.clone())))?;
+    }
     let store = open(&settings.database, &worker_name(settings));
     tell("store", store.map(|_| ()).map_err(|e| (exit::UNAVAILABLE, e.to_string())))?;
     let broker = Broker::new(settings.amqp_url.clone(), "warren-worker check");
@@ -153,19 +168,32 @@ async fn check(settings: &Settings, topology: &Topology) -> anyhow::Result<ExitC
         }
         Ok(link) => {
             tell("broker", Ok(()))?;
-            let found = declare::inspect(&link, &topology.declarations()).await;
+            let declarations = topology.declarations();
+            let found = declare::inspect(&link, &declarations).await;
             link.close().await;
             match found {
                 Err(error) => tell("topology", Err((exit::UNAVAILABLE, error.to_string())))?,
                 Ok(found) => {
-                    let missing = found.iter().filter(|f| **f == Found::Missing).count();
-                    for found in &found {
-                        if let Found::Different(how) = found {
-                            tell("topology", Err((exit::USAGE, how.clone())))?;
+                    let mut missing = Vec::new();
+                    for (declaration, found) in declarations.iter().zip(found) {
+                        match (declaration, found) {
+                            (_, Found::Different(how)) => tell("topology", Err((exit::USAGE, how)))?,
+                            (Declaration::Foreign { name }, Found::Missing) => {
+                                let error = DeclareError::Foreign(name.clone());
+                                tell("topology", Err((exit::UNAVAILABLE, error.to_string())))?;
+                            }
+                            (declaration, Found::Missing) => missing.extend(declare::name(declaration)),
+                            _ => {}
                         }
                     }
-                    let note = if missing == 0 { "complete".into() } else { format!("{missing} to be declared") };
-                    println(&format!("ok       topology ({note})"))?;
+                    match (missing.len(), settings.declare) {
+                        (0, _) => tell("topology (complete)", Ok(()))?,
+                        (n, Declare::Auto) => tell(&format!("topology ({n} to be declared)"), Ok(()))?,
+                        (_, Declare::Never) => {
+                            let error = DeclareError::Missing(missing.into_iter().map(str::to_owned).collect());
+                            tell("topology", Err((exit::UNAVAILABLE, error.to_string())))?;
+                        }
+                    }
                 }
             }
         }
@@ -205,8 +233,15 @@ async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::
         let how = if let Found::Different(how) = found { format!(": {how}") } else { String::new() };
         println(&format!("{state:<9} {what}{how}"))?;
     }
-    let missing = found.iter().filter(|f| **f == Found::Missing).count();
-    let different = found.iter().filter(|f| matches!(f, Found::Different(_))).count();
+    let (mut missing, mut different) = (0, 0);
+    for pair in declarations.iter().zip(&found) {
+        match pair {
+            (Declaration::Foreign { name }, Found::Missing) => eprintln!("{}", DeclareError::Foreign(name.clone())),
+            (_, Found::Missing) => missing += 1,
+            (_, Found::Different(_)) => different += 1,
+            _ => {}
+        }
+    }
     match (missing, different) {
         (0, 0) => eprintln!("the broker has all of it"),
         (missing, 0) => eprintln!("{missing} missing: 'warren-worker topology --apply' declares them"),

@@ -5,12 +5,13 @@
 use crate::consumer::Proof;
 use anyhow::{Context, bail};
 use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
-use warren_publisher::publish::Options;
+use warren_publisher::publish::{Options, Refused};
 use warren_publisher::{Broker, BrokerError, Publisher, codec};
+use warren_shared::acks::{Ledger, Span};
 use warren_shared::dead::{PREFIX, revive};
 use warren_shared::env::Settings;
 use warren_shared::event::Value;
@@ -66,6 +67,8 @@ pub enum Treatment {
 
 /// No letter for so long: that was the last.
 const IDLE: Duration = Duration::from_millis(1000);
+/// How long a letter that the broker has counted may be on its way.
+const PATIENCE: Duration = Duration::from_secs(15);
 const CHUNK: usize = 256;
 
 impl Filter {
@@ -102,6 +105,11 @@ impl Letter {
             error: mark("error"),
         }
     }
+
+    /// What tells it from the others.
+    fn mark(&self) -> String {
+        [&*self.at, &self.worker, &self.source, &self.id].join("\0")
+    }
 }
 
 /// The dead letters of a pool.
@@ -129,15 +137,13 @@ impl Dead {
         mut show: impl FnMut(Letter, Message) -> anyhow::Result<()> + Send,
     ) -> anyhow::Result<()> {
         let link = self.broker.connect_within("dead", self.settings.connect_timeout).await?;
-        let (channel, mut letters) = self.open(&link).await?;
-        while let Ok(Some(delivery)) = tokio::time::timeout(IDLE, letters.next()).await {
-            let message = codec::read(delivery.map_err(|e| BrokerError::lost(&e))?);
-            let letter = Letter::of(&message);
+        let mut pile = self.open(&link).await?;
+        while let Some((_, letter, message)) = pile.next().await? {
             if filter.takes(&letter) {
                 show(letter, message)?;
             }
         }
-        let _ = channel.close(200, "looked".into()).await;
+        pile.close().await;
         link.close().await;
         Ok(())
     }
@@ -153,81 +159,153 @@ impl Dead {
         let publishing = self.broker.connect_within("replay", self.settings.connect_timeout).await?;
         let options = Options { timeout: self.settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(self.broker.clone(), publishing, options);
-        let (channel, mut letters) = self.open(&link).await?;
-        let mut done = BTreeMap::new();
-        let mut chunk: Vec<(u64, Letter, Message)> = Vec::new();
+        let mut pile = self.open(&link).await?;
+        let (mut done, mut treated) = (BTreeMap::new(), HashSet::new());
+        let mut chunk = Vec::new();
         loop {
-            let next = tokio::time::timeout(IDLE, letters.next()).await;
-            let last = !matches!(next, Ok(Some(_)));
-            if let Ok(Some(delivery)) = next {
-                let delivery = delivery.map_err(|e| BrokerError::lost(&e))?;
-                let tag = delivery.delivery_tag;
-                let message = codec::read(delivery);
-                let letter = Letter::of(&message);
-                if filter.takes(&letter) && letter.at <= until {
-                    chunk.push((tag, letter, message));
-                }
-            }
+            let next = pile.next().await?;
+            let last = next.is_none();
+            // The worker's clock may be ahead of ours: what lay there at the beginning is meant in any case.
+            let meant = |letter: &Letter| pile.seen <= pile.ready || letter.at <= until;
+            chunk.extend(next.filter(|(_, letter, _)| filter.takes(letter) && meant(letter)));
             if chunk.len() >= CHUNK || last {
-                for (tag, reason) in self.finish(&publisher, std::mem::take(&mut chunk), treatment).await? {
-                    let acked = channel.basic_ack(tag, BasicAckOptions::default()).await;
-                    acked.map_err(|e| BrokerError::lost(&e))?;
-                    *done.entry(reason).or_default() += 1;
+                let (finished, refused) = self.finish(&publisher, std::mem::take(&mut chunk), treatment).await;
+                for (tag, letter) in finished {
+                    pile.ledger.settle(tag);
+                    treated.insert(letter.mark());
+                    *done.entry(letter.reason).or_default() += 1;
+                }
+                pile.flush().await?;
+                if let Some(refused) = refused {
+                    bail!("a replay is refused, this letter and those after it stay: {refused}");
                 }
             }
             if last {
                 break;
             }
         }
-        let _ = channel.close(200, "done".into()).await;
+        pile.close().await;
+        self.sweep(&link, &treated).await?;
         link.close().await;
         Ok(done)
     }
 
-    /// Tags that may be acked now, and why each letter was there.
+    /// Takes away what was treated and came back: a quorum queue forgets acks that are still on their way to it when
+    /// their channel ends.
+    async fn sweep(&self, link: &warren_publisher::Link, treated: &HashSet<String>) -> anyhow::Result<()> {
+        for _ in 0..10 {
+            let mut pile = self.open(link).await?;
+            let mut back = 0;
+            while let Some((tag, letter, _)) = pile.next().await? {
+                // A letter without a time cannot be told from its copies: it stays, rather than be lost.
+                if !letter.at.is_empty() && treated.contains(&letter.mark()) {
+                    back += 1;
+                    pile.ledger.settle(tag);
+                }
+                if pile.seen % CHUNK == 0 {
+                    pile.flush().await?;
+                }
+            }
+            pile.flush().await?;
+            pile.close().await;
+            if back == 0 {
+                return Ok(());
+            }
+            tracing::debug!(back, "acks were lost with their channel, given again");
+        }
+        Ok(())
+    }
+
+    /// Letters that may be acked now, and why the next one may not.
     async fn finish(
         &self,
         publisher: &Publisher,
         chunk: Vec<(u64, Letter, Message)>,
         treatment: Treatment,
-    ) -> anyhow::Result<Vec<(u64, String)>> {
+    ) -> (Vec<(u64, Letter)>, Option<Refused>) {
         if treatment == Treatment::Drop {
-            return Ok(chunk.into_iter().map(|(tag, letter, _)| (tag, letter.reason)).collect());
+            return (chunk.into_iter().map(|(tag, letter, _)| (tag, letter)).collect(), None);
         }
-        let (mut marks, mut messages) = (Vec::new(), Vec::new());
+        let (mut letters, mut messages) = (Vec::new(), Vec::new());
         for (tag, letter, message) in chunk {
-            marks.push((tag, letter.reason));
+            letters.push((tag, letter));
             messages.push(revive(message, &self.topology.door()));
         }
         let mut finished = Vec::new();
-        for (mark, outcome) in marks.into_iter().zip(publisher.publish_all(messages).await) {
+        for (letter, outcome) in letters.into_iter().zip(publisher.publish_all(messages).await) {
             match outcome {
                 Ok(confirmed) => {
                     let _proof = Proof::Confirmed(confirmed);
-                    finished.push(mark);
+                    finished.push(letter);
                 }
                 // In order: what comes after a refused one stays with it.
-                Err(refused) if finished.is_empty() => bail!("a replay is refused, the letter stays: {refused}"),
-                Err(_) => break,
+                Err(refused) => return (finished, Some(refused)),
             }
         }
-        Ok(finished)
+        (finished, None)
     }
 
-    async fn open(&self, link: &warren_publisher::Link) -> anyhow::Result<(lapin::Channel, lapin::Consumer)> {
+    async fn open(&self, link: &warren_publisher::Link) -> anyhow::Result<Pile> {
         let lost = |e: lapin::Error| BrokerError::lost(&e);
         let channel = link.connection().create_channel().await.map_err(lost)?;
         let queue = self.topology.dead();
-        let consuming = channel.basic_consume(
-            queue.as_str().into(),
-            "".into(),
-            BasicConsumeOptions::default(),
-            FieldTable::default(),
-        );
-        let letters = consuming.await.map_err(lost).with_context(|| {
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+        let found = found.map_err(lost).with_context(|| {
             format!("the queue '{queue}' cannot be read: is WARREN_POOL right, and its topology declared?")
         })?;
-        Ok((channel, letters))
+        let ready = usize::try_from(found.message_count()).unwrap_or(usize::MAX);
+        let options = BasicConsumeOptions::default();
+        let letters = channel.basic_consume(queue.as_str().into(), "".into(), options, FieldTable::default()).await;
+        let letters = letters.map_err(lost).with_context(|| format!("the queue '{queue}' cannot be read"))?;
+        Ok(Pile { channel, letters, ready, seen: 0, ledger: Ledger::default() })
+    }
+}
+
+/// The letters of one look: each is ours until it is acked or the channel closes.
+struct Pile {
+    channel: lapin::Channel,
+    letters: lapin::Consumer,
+    /// How many lay there at the beginning.
+    ready: usize,
+    seen: usize,
+    ledger: Ledger,
+}
+
+impl Pile {
+    /// The next letter; none after the last.
+    async fn next(&mut self) -> anyhow::Result<Option<(u64, Letter, Message)>> {
+        // Beyond what was counted come those that another look has only just returned.
+        let patience = if self.seen < self.ready { PATIENCE } else { IDLE };
+        let delivery = match tokio::time::timeout(patience, self.letters.next()).await {
+            Ok(Some(delivery)) => delivery.map_err(|e| BrokerError::lost(&e))?,
+            _ if self.seen < self.ready => bail!(
+                "the broker counted {} letters and delivered {}: does another command read them? Try again",
+                self.ready,
+                self.seen
+            ),
+            _ => return Ok(None),
+        };
+        self.seen += 1;
+        let tag = delivery.delivery_tag;
+        self.ledger.open(tag);
+        let message = codec::read(delivery);
+        Ok(Some((tag, Letter::of(&message), message)))
+    }
+
+    /// Acks what is settled, runs of letters at once.
+    async fn flush(&mut self) -> anyhow::Result<()> {
+        while self.ledger.wants_flush() {
+            for ack in self.ledger.flush() {
+                let options = BasicAckOptions { multiple: ack.span == Span::UpTo };
+                self.channel.basic_ack(ack.tag, options).await.map_err(|e| BrokerError::lost(&e))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn close(self) {
+        let _ = self.channel.close(200, "done".into()).await;
     }
 }
 

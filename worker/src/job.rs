@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_shared::dead::{self, Cause, Scene};
-use warren_shared::delivery::{Action, Doom, State};
+use warren_shared::delivery::{Action, Doom, Fact, State};
 use warren_shared::retry::Step;
 use warren_shared::topology::{BUS, Topology};
 use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
@@ -37,6 +37,8 @@ pub(crate) struct Job {
     pub(crate) state: State,
     /// Whether the store counts its start.
     pub(crate) mark: Mark,
+    /// What is known of it, and waits until what another worker left is relayed.
+    pub(crate) known: Option<Fact>,
     /// The hash of its key, where the schedule handed it out.
     pub(crate) key: Option<u64>,
     /// What the handler returned.
@@ -98,6 +100,7 @@ impl Job {
             content,
             state,
             mark: Mark::Absent,
+            known: None,
             key: None,
             reply: Reply::default(),
             error: String::new(),

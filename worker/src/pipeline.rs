@@ -11,7 +11,7 @@ use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::store::{Effect, Left, Recorded, Row, Seen, Start, Store, StoreError};
 use crate::{config::Route, consumer::Proof};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -36,6 +36,7 @@ enum News {
     Started(Vec<Id>, Result<Vec<Start>, StoreError>),
     Unstarted(Vec<Id>, Result<(), StoreError>),
     Committed(Vec<Id>, Arc<Vec<Effect>>, Instant, Result<Vec<Recorded>, StoreError>),
+    Relayed(Vec<Id>, Result<Vec<Row>, StoreError>),
     Published(Vec<Id>, Vec<Published>),
     Handled(Id, handler::Outcome),
     Waited(Id),
@@ -59,10 +60,12 @@ enum Station {
     Start,
     Unstart,
     Commit,
+    Relay,
     Publish,
 }
 
-const STATIONS: [Station; 5] = [Station::Look, Station::Start, Station::Unstart, Station::Commit, Station::Publish];
+const STATIONS: [Station; 6] =
+    [Station::Look, Station::Start, Station::Unstart, Station::Commit, Station::Relay, Station::Publish];
 /// A transaction, a read or a chunk of publishes holds so many events at most.
 const BATCH: usize = 256;
 /// Handled and not yet recorded, or recorded and not yet published: beyond this nothing more is taken.
@@ -211,6 +214,7 @@ impl Pipeline {
                 self.answered(Station::Unstart, ids, answer, |s, id, ()| s.unstarted(id));
             }
             News::Committed(ids, effects, since, answer) => self.committed(ids, effects, since, answer),
+            News::Relayed(ids, answer) => self.relayed(ids, answer),
             News::Published(ids, outcomes) => self.published(ids, outcomes),
             News::Handled(id, outcome) => self.handled(id, outcome),
             News::Waited(id) => self.fact(id, Fact::Waited),
@@ -357,7 +361,7 @@ impl Pipeline {
         let fact = if let Some(proof) = known {
             job.proof = Some(Proof::Committed(proof));
             metrics::count(names::DUPLICATES, 1);
-            Fact::Known
+            return self.known(id, Fact::Known);
         } else if job.route().is_none() {
             Fact::Unrouted
         } else if job.redelivered {
@@ -431,12 +435,40 @@ impl Pipeline {
             if let Some(job) = s.jobs.get_mut(&id) {
                 job.proof = Some(Proof::Committed(proof));
             }
-            s.fact(id, fact);
+            if fact == Fact::Superseded { s.known(id, fact) } else { s.fact(id, fact) }
         };
         self.answered(Station::Commit, ids, answer, recorded);
         if !relay.is_empty() {
             self.parts.outbox.push(relay);
         }
+    }
+
+    /// An outcome was there first. Where a worker that lost this partition recorded it after we took over, it may not
+    /// have published what the event sent: that goes out before the key goes on.
+    fn known(&mut self, id: Id, fact: Fact) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if self.parts.owned && job.redelivered {
+            job.known = Some(fact);
+            self.enqueue(Station::Relay, id);
+        } else {
+            self.fact(id, fact);
+        }
+    }
+
+    fn relayed(&mut self, ids: Vec<Id>, answer: Result<Vec<Row>, StoreError>) {
+        let known = |s: &mut Self, id: Id, ()| {
+            if let Some(fact) = s.jobs.get_mut(&id).and_then(|job| job.known.take()) {
+                s.fact(id, fact);
+            }
+        };
+        let answer = answer.map(|rows| {
+            if !rows.is_empty() {
+                tracing::info!(rows = rows.len(), "publishing what a former owner recorded after us");
+                self.parts.outbox.push(rows);
+            }
+            ids.iter().map(|_| ()).collect()
+        });
+        self.answered(Station::Relay, ids, answer, known);
     }
 
     /// Counts and logs a recorded outcome.
@@ -808,6 +840,15 @@ impl Pipeline {
                     let since = Instant::now();
                     let answer = store.commit(effects.clone()).await;
                     let _ = tell.send(News::Committed(ids, effects, since, answer));
+                });
+            }
+            Station::Relay => {
+                let queue = |id: &Id| self.jobs.get(id).map(|job| job.ticket.place().queue.clone());
+                let partitions: BTreeSet<String> = ids.iter().filter_map(queue).collect();
+                tokio::spawn(async move {
+                    let adopting = partitions.into_iter().map(|partition| store.adopt(Left::In(partition)));
+                    let rows = futures_util::future::try_join_all(adopting).await;
+                    let _ = tell.send(News::Relayed(ids, rows.map(|rows| rows.concat())));
                 });
             }
             Station::Publish => {

@@ -121,15 +121,26 @@ impl Worker {
         let recorder = metrics::install();
         let topology = config::topology(&settings, &routes);
         let broker = Broker::new(settings.amqp_url.clone(), format!("warren-worker {name}"));
-        let link = broker.connect_within("publish", settings.connect_timeout).await?;
         // The broker first, which connecting does not change; then the store; then declarations. A start that fails
         // leaves nothing behind.
-        let store = open(&settings.database, &run)?;
-        store.beat().await?;
-        match settings.declare {
-            Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
-            Declare::Never => declare::check(&link, &topology.declarations()).await?,
-        }
+        let start = async {
+            let link = broker.connect_within("publish", settings.connect_timeout).await?;
+            let store = open(&settings.database, &run)?;
+            store.beat().await?;
+            match settings.declare {
+                Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
+                Declare::Never => declare::check(&link, &topology.declarations()).await?,
+            }
+            anyhow::Ok((link, store))
+        };
+        let (link, store) = tokio::select! {
+            biased;
+            _ = stop.recv() => {
+                tracing::info!(worker = name, "told to stop before it took anything");
+                return Ok(());
+            }
+            started = start => started?,
+        };
         let options = Options { timeout: settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(broker.clone(), link, options);
         let subscriptions = Subscriptions::new(broker, &topology, settings.declare, settings.prefetch, settings.limits);
