@@ -1,4 +1,5 @@
 //! The connection: reached with back-off, watched for blocks, its refusals translated into causes with cures.
+use crate::sieve;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, Error, ErrorKind};
@@ -92,7 +93,7 @@ impl Broker {
         let name = format!("{} ({purpose})", self.name);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let connection =
-            Connection::connect_uri(uri.clone(), properties).await.map_err(|error| refusal(&uri, &error))?;
+            sieve::connect(uri.clone(), properties).await.map_err(|error| refusal(&uri, &error))?;
         let (tell, blocked) = watch::channel(None);
         let mut events = connection.events_listener();
         let status = connection.status().clone();

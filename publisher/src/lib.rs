@@ -10,6 +10,7 @@ pub mod lines;
 pub mod process;
 pub mod publish;
 pub mod send;
+mod sieve;
 
 pub use broker::{Broker, BrokerError, Link};
 pub use publish::{Confirmed, Publisher, Refused};

@@ -351,39 +351,6 @@ async fn an_alarm_of_the_own_broker_stops_publishing_and_nothing_else() -> anyho
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn send_through_ten_short_alarms_of_the_own_broker_says_each_and_confirms_all() -> anyhow::Result<()> {
-    let lab = Lab::with_own_broker("faults-alarms")?;
-    lab.declare().await?;
-    let recorded = lab.recorded().await?;
-    let mut workers = [lab.worker()?];
-    // Large enough that writing a chunk takes time: an alarm then comes in the middle of one.
-    let text = "x".repeat(20_000);
-    let large = |i: usize| event(&format!("l{i}"), "order.placed", &format!("l{}", i % 20), json!({"text": text}));
-    let events: Vec<Value> = (0..6000).map(large).collect();
-    let mut sender = lab.sender(&events, &[])?;
-    let mut rounds = 0;
-    while sender.is_running() && rounds < 10 {
-        lab.rabbit.ctl("set_vm_memory_high_watermark absolute 1MB")?;
-        let told = format!("round {rounds}");
-        until(&told, PATIENCE, || {
-            sender.log().matches("the broker blocks publishing").count() > rounds || matches!(sender.account(), Ok(_))
-        })
-        .await
-        .with_context(|| format!("send does not say that it is blocked: {}", sender.log()))?;
-        lab.rabbit.ctl("set_vm_memory_high_watermark absolute 1GB")?;
-        until(&told, PATIENCE, || {
-            sender.log().matches("publishing goes on").count() > rounds || matches!(sender.account(), Ok(_))
-        })
-        .await?;
-        rounds += 1;
-    }
-    ensure!(sender.wait(PATIENCE).await?.success(), "{}", sender.log());
-    println!("{rounds} alarms");
-    ensure!(rounds >= 2, "only {rounds} alarms while it sent");
-    adds_up(&lab, &recorded, &ids_of(&events), &mut workers).await.map(|_| ())
-}
-
 fn probe(url: &str) -> anyhow::Result<(u16, String)> {
     let config = ureq::Agent::config_builder().http_status_as_error(false).build();
     let mut response = ureq::Agent::from(config).get(url).call()?;

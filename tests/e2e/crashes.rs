@@ -277,3 +277,33 @@ async fn what_a_zombie_committed_is_published_before_its_successors_next_event()
     }
     anyhow::bail!("the zombie published what it committed before it could be stopped, five times")
 }
+
+#[tokio::test]
+async fn rows_adopted_while_the_connection_breaks_are_published_all_the_same() -> anyhow::Result<()> {
+    let mut lab = Lab::new("crashes-adopted")?;
+    lab.set("WARREN_ROUTES", &lab.fresh_route(""));
+    lab.set("WARREN_PARTITIONS", "1");
+    lab.declare().await?;
+    let heard = lab.recorded().await?;
+    let consumes = |name: &str| lab.connections(&format!("{name} (consume)")).is_ok_and(|names| !names.is_empty());
+    let mut first = lab.worker_with(&[("WARREN_TEST_CRASH", "after-commit:3")])?;
+    until("the first consumes", PATIENCE, || consumes("w0")).await?;
+    let second = lab.worker()?;
+    until("the second stands by", PATIENCE, || consumes("w1")).await?;
+    stop_outside_of_transactions(&lab, &second).await?;
+    let ids = lab.send(&events(100, 5)).await?;
+    first.wait(PATIENCE).await?;
+    ensure!(lab.outbox() > 0, "the first left nothing behind");
+
+    // The store is held, so that the adoption begins before the connection ends and ends after it.
+    let store = rusqlite::Connection::open(lab.path("warren.db"))?;
+    store.execute_batch("BEGIN IMMEDIATE")?;
+    second.signal(Signal::CONT)?;
+    until("the second takes over", PATIENCE, || second.log().contains("first delivery from")).await?;
+    lab.close(&lab.connections("w1 (consume)")?)?;
+    until("its connection breaks", PATIENCE, || second.log().contains("the subscription ended")).await?;
+    store.execute_batch("ROLLBACK")?;
+    let ledger = lab.account(&ids, &heard, PATIENCE).await?;
+    ensure!(ledger.adds_up() && ledger.handled == 100, "{ledger:?}{}", lab.logs());
+    lab.calls_in_order()
+}

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
-use warren_publisher::publish::{Health, Options, Outcome, Refused};
+use warren_publisher::publish::{Options, Outcome, Refused};
 use warren_publisher::{Broker, Publisher};
 use warren_shared::Message;
 use warren_shared::env::Secret;
@@ -411,6 +411,33 @@ async fn confirms_that_never_come_are_repeated_on_a_new_connection() -> anyhow::
     let mut stored = ids(&lab.take_all("there.good").await?);
     stored.retain(|id| seen.insert(id.clone()));
     ensure!(stored == sent, "{stored:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn send_says_of_every_alarm_of_the_own_broker_that_it_waits() -> anyhow::Result<()> {
+    let lab = Lab::with_own_broker("publishing-alarms")?;
+    exchange(&lab, "sink", &[("big.#", "classic", 10)]).await?;
+    let alarm = |limit: &str| lab.rabbit.ctl(&format!("set_vm_memory_high_watermark absolute {limit}"));
+    alarm("1MB")?;
+    // Large enough that writing a chunk takes time: an alarm then comes in the middle of one.
+    let text = "x".repeat(10_000);
+    let large = |i: usize| event(&format!("l{i}"), "big.event", &format!("l{}", i % 20), json!({"text": text}));
+    let events: Vec<Value> = (0..12_000).map(large).collect();
+    let mut sender = lab.sender(&events, &["--exchange", "sink", "--rate", "1500"])?;
+    let mut alarms = 0;
+    while sender.account().is_err() {
+        let said = |what: &str| sender.log().matches(what).count() > alarms || sender.account().is_ok();
+        until("it says that it waits", PATIENCE, || said("the broker blocks publishing")).await?;
+        alarm("1GB")?;
+        until("it says that it goes on", PATIENCE, || said("publishing goes on")).await?;
+        alarms += 1;
+        alarm("1MB")?;
+    }
+    println!("{alarms} alarms");
+    ensure!(alarms >= 2, "only {alarms} alarms while it sent");
+    ensure!(sender.wait(PATIENCE).await?.success(), "{}", sender.log());
+    ensure!(sender.account()?["confirmed"] == json!(events.len()), "{}", sender.log());
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::store::{Effect, Left, Recorded, Row, Seen, Start, Store, StoreError};
 use crate::{config::Route, consumer::Proof};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -259,20 +259,21 @@ impl Pipeline {
     }
 
     fn adopted(&mut self, epoch: u64, rows: Result<Vec<Row>, StoreError>) {
-        let Some(waiting) = self.epochs.get_mut(&epoch) else { return };
         match rows {
             Ok(rows) => {
-                let arrivals = waiting.take().unwrap_or_default();
                 if !rows.is_empty() {
                     tracing::info!(rows = rows.len(), "publishing what the partition's last owner left");
+                    // They are ours even if the epoch has ended meanwhile: nobody else would publish them.
                     self.parts.outbox.push(rows);
                 }
+                let Some(waiting) = self.epochs.get_mut(&epoch) else { return };
+                let arrivals = waiting.take().unwrap_or_default();
                 self.admit(arrivals);
             }
             Err(error) => {
-                let first = waiting.as_ref().and_then(|arrivals| arrivals.first());
+                self.store_failed(&error);
+                let first = self.epochs.get(&epoch).and_then(|waiting| waiting.as_ref()?.first());
                 if let Some(partition) = first.map(|arrival| arrival.ticket.place().queue.clone()) {
-                    self.store_failed(&error);
                     self.adopt(epoch, partition, Duration::from_secs(1));
                 }
             }
@@ -534,7 +535,10 @@ impl Pipeline {
     ) {
         match answer {
             Ok(values) => {
-                self.parts.pulse.store_fails.store(false, Ordering::Relaxed);
+                // A full disk can still be read.
+                if station != Station::Look {
+                    self.parts.pulse.store_fails.store(false, Ordering::Relaxed);
+                }
                 self.rested(station);
                 ids.into_iter().zip(values).for_each(|(id, value)| each(self, id, value));
             }
@@ -843,12 +847,18 @@ impl Pipeline {
                 });
             }
             Station::Relay => {
-                let queue = |id: &Id| self.jobs.get(id).map(|job| job.ticket.place().queue.clone());
-                let partitions: BTreeSet<String> = ids.iter().filter_map(queue).collect();
+                let mut partitions: BTreeMap<String, Vec<Id>> = BTreeMap::new();
+                for id in ids {
+                    if let Some(job) = self.jobs.get(&id) {
+                        partitions.entry(job.ticket.place().queue.clone()).or_default().push(id);
+                    }
+                }
                 tokio::spawn(async move {
-                    let adopting = partitions.into_iter().map(|partition| store.adopt(Left::In(partition)));
-                    let rows = futures_util::future::try_join_all(adopting).await;
-                    let _ = tell.send(News::Relayed(ids, rows.map(|rows| rows.concat())));
+                    // One answer each: rows that are ours now must reach the outbox, whatever becomes of the others.
+                    for (partition, ids) in partitions {
+                        let rows = store.adopt(Left::In(partition)).await;
+                        let _ = tell.send(News::Relayed(ids, rows));
+                    }
                 });
             }
             Station::Publish => {

@@ -1,0 +1,376 @@
+//! What the broker sends, made harmless before the AMQP library reads it.
+//!
+//! The library ends the connection over a short string that is not UTF-8, and reads nested headers by recursion until
+//! its stack is gone. The broker delivers such a message again, so one of them would stop a pool for ever. Here both are
+//! changed in place, length and all: a byte that is not UTF-8 becomes U+001A (the "substitute" character, which no
+//! attribute may hold, so the message is dead-lettered as unreadable), and a table or list nested too deep becomes a
+//! value of bytes. The payload is never touched.
+use async_rs::traits::Reactor;
+use async_rs::util::RuntimeParts;
+use async_rs::{Runtime, Tokio};
+use futures_io::{AsyncRead, AsyncWrite};
+use futures_util::Stream;
+use lapin::tcp::AMQPUriTcpExt;
+use lapin::uri::AMQPUri;
+use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+/// Connects through a sieve.
+///
+/// # Errors
+/// What the library says.
+pub(crate) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+    let tokio = Tokio::current();
+    let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Sieving(tokio.clone())));
+    let connect = async move |uri: AMQPUri, _: Runtime<RuntimeParts<Tokio, Sieving>>| {
+        let stream = AMQPUriTcpExt::connect_async(&uri, &Runtime::new(tokio.clone())).await?;
+        Ok(AsyncTcpStream::Plain(Sieve::new(stream)))
+    };
+    Connection::connector(uri, runtime, connect, properties).await
+}
+
+type Inner = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+
+/// The reactor of tokio, with another type of stream.
+#[derive(Clone, Debug)]
+struct Sieving(Tokio);
+
+impl Reactor for Sieving {
+    type TcpStream = Sieve<Inner>;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    fn register<H: Read + Write + AsFd + AsRawFd + Send + 'static>(
+        &self,
+        socket: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        self.0.register(socket)
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async move { Ok(Sieve::new(AsyncTcpStream::Plain(connecting.await?))) }
+    }
+}
+
+/// Bytes that are read at once.
+const READ: usize = 64 << 10;
+/// Tables and lists deeper than this become bytes: beyond every limit that can be set, harmless to any stack.
+const DEPTH: usize = 128;
+/// A control frame beyond this is passed on as it is: the library refuses what exceeds the negotiated size.
+const FRAME: usize = 16 << 20;
+
+/// A stream whose incoming frames are mended.
+struct Sieve<S> {
+    inner: S,
+    /// What was read and not handed on.
+    bytes: Vec<u8>,
+    /// Up to here it was handed on.
+    taken: usize,
+    /// Up to here it is mended.
+    clean: usize,
+    /// Bytes of a payload that are still to come.
+    passing: usize,
+}
+
+impl<S> Sieve<S> {
+    fn new(inner: S) -> Self {
+        Self { inner, bytes: Vec::new(), taken: 0, clean: 0, passing: 0 }
+    }
+
+    /// Mends what is there as far as it is whole.
+    fn sift(&mut self) {
+        loop {
+            let rest = &mut self.bytes[self.clean..];
+            if self.passing > 0 {
+                let passed = self.passing.min(rest.len());
+                self.clean += passed;
+                self.passing -= passed;
+                if passed == 0 {
+                    return;
+                }
+                continue;
+            }
+            let &mut [kind, _, _, a, b, c, d, ..] = rest else { return };
+            let size = u32::from_be_bytes([a, b, c, d]) as usize;
+            // Head and end mark beside the content.
+            let whole = size.saturating_add(8);
+            let mend = match kind {
+                1 => method,
+                2 => header,
+                _ => |_: &mut [u8]| (),
+            };
+            if !matches!(kind, 1 | 2) || size > FRAME {
+                self.passing = whole;
+            } else if rest.len() < whole {
+                return;
+            } else {
+                mend(&mut rest[7..7 + size]);
+                self.clean += whole;
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        while this.taken == this.clean {
+            this.bytes.drain(..this.taken);
+            (this.taken, this.clean) = (0, 0);
+            let held = this.bytes.len();
+            this.bytes.resize(held + READ, 0);
+            let read = Pin::new(&mut this.inner).poll_read(cx, &mut this.bytes[held..]);
+            this.bytes.truncate(held + if let Poll::Ready(Ok(n)) = &read { *n } else { 0 });
+            if ready!(read)? == 0 {
+                return Poll::Ready(Ok(0));
+            }
+            this.sift();
+        }
+        let n = into.len().min(this.clean - this.taken);
+        into[..n].copy_from_slice(&this.bytes[this.taken..this.taken + n]);
+        this.taken += n;
+        Poll::Ready(Ok(n))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Sieve<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_close(cx)
+    }
+}
+
+/// The content of a frame, walked once. Nothing is mended after what cannot be read: the library says what it is.
+struct Walk<'a> {
+    rest: &'a mut [u8],
+}
+
+/// `basic.deliver` and `basic.return` carry names that a publisher chose.
+fn method(content: &mut [u8]) {
+    let kind = content.get(..4).map(<[u8]>::to_vec);
+    let mut walk = Walk { rest: content };
+    let _ = match kind.as_deref() {
+        Some([0, 60, 0, 60]) => walk.deliver(),
+        Some([0, 60, 0, 50]) => walk.returned(),
+        _ => None,
+    };
+}
+
+/// Properties, in the order of their flags.
+fn header(content: &mut [u8]) {
+    let _ = Walk { rest: content }.properties();
+}
+
+impl<'a> Walk<'a> {
+    fn deliver(&mut self) -> Option<()> {
+        self.take(4)?;
+        self.short()?;
+        self.take(9)?;
+        self.short()?;
+        self.short()
+    }
+
+    fn returned(&mut self) -> Option<()> {
+        self.take(6)?;
+        self.short()?;
+        self.short()?;
+        self.short()
+    }
+
+    fn properties(&mut self) -> Option<()> {
+        self.take(12)?;
+        let flags = self.take(2)?;
+        let flags = u16::from_be_bytes([flags[0], flags[1]]);
+        for bit in (0..16).rev().filter(|bit| flags & (1 << bit) != 0) {
+            match bit {
+                13 => {
+                    let table = self.long()?;
+                    fields(table, 1);
+                }
+                11 | 12 => {
+                    self.take(1)?;
+                }
+                6 => {
+                    self.take(8)?;
+                }
+                2..=15 => self.short()?,
+                // More flags would follow: no property has them.
+                _ => return None,
+            }
+        }
+        Some(())
+    }
+
+    fn take(&mut self, n: usize) -> Option<&'a mut [u8]> {
+        if self.rest.len() < n {
+            return None;
+        }
+        let (taken, rest) = std::mem::take(&mut self.rest).split_at_mut(n);
+        self.rest = rest;
+        Some(taken)
+    }
+
+    fn long(&mut self) -> Option<&'a mut [u8]> {
+        let size = self.take(4)?;
+        let size = u32::from_be_bytes([size[0], size[1], size[2], size[3]]);
+        self.take(size as usize)
+    }
+
+    fn short(&mut self) -> Option<()> {
+        let size = self.take(1)?[0];
+        substitute(self.take(size.into())?);
+        Some(())
+    }
+
+    fn value(&mut self, depth: usize) -> Option<()> {
+        let kind = self.take(1)?;
+        let size = match kind[0] {
+            b'V' => 0,
+            b't' | b'b' | b'B' => 1,
+            b's' | b'u' | b'U' => 2,
+            b'i' | b'I' | b'f' => 4,
+            b'D' => 5,
+            b'l' | b'L' | b'd' | b'T' => 8,
+            b'S' | b'x' => return self.long().map(|_| ()),
+            b'A' | b'F' if depth > DEPTH => {
+                kind[0] = b'x';
+                return self.long().map(|_| ());
+            }
+            b'A' => {
+                let mut items = Walk { rest: self.long()? };
+                while !items.rest.is_empty() {
+                    items.value(depth + 1)?;
+                }
+                return Some(());
+            }
+            b'F' => {
+                fields(self.long()?, depth + 1);
+                return Some(());
+            }
+            _ => return None,
+        };
+        self.take(size).map(|_| ())
+    }
+}
+
+fn fields(table: &mut [u8], depth: usize) {
+    let mut walk = Walk { rest: table };
+    while !walk.rest.is_empty() {
+        if walk.short().and_then(|()| walk.value(depth)).is_none() {
+            return;
+        }
+    }
+}
+
+/// Makes UTF-8 of it without changing its length.
+fn substitute(mut text: &mut [u8]) {
+    while let Err(error) = std::str::from_utf8(text) {
+        let from = error.valid_up_to();
+        let to = error.error_len().map_or(text.len(), |n| from + n);
+        text[from..to].fill(0x1a);
+        text = &mut text[to..];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, content: &[u8]) -> Vec<u8> {
+        let size = u32::try_from(content.len()).expect("small").to_be_bytes();
+        [&[kind, 0, 1][..], &size, content, &[0xce]].concat()
+    }
+
+    /// A content header with these flags and properties.
+    fn head(flags: u16, properties: &[u8]) -> Vec<u8> {
+        frame(2, &[&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2][..], &flags.to_be_bytes(), properties].concat())
+    }
+
+    fn sifted(stream: &[u8], chunk: usize) -> Vec<u8> {
+        let mut sieve = Sieve::new(());
+        for part in stream.chunks(chunk) {
+            sieve.bytes.extend_from_slice(part);
+            sieve.sift();
+        }
+        assert_eq!(sieve.clean, stream.len());
+        sieve.bytes
+    }
+
+    #[test]
+    fn short_strings_become_utf8_and_everything_else_stays() {
+        let deliver = [&[0, 60, 0, 60, 1, b'c', 0, 0, 0, 0, 0, 0, 0, 7, 0][..], b"\x01x", b"\x04caf\xe9"].concat();
+        let properties = [&b"\x05a/\xffb\xc3"[..], b"\0\0\0\x0b\x03h\xe9d", b"S\0\0\0\x02\xff\xfe", b"\x02\x04id\xe9\xe8"];
+        let head = head(1 << 15 | 1 << 13 | 1 << 12 | 1 << 7, &properties.concat());
+        let body = frame(3, b"\xff\xfe\xce\x01");
+        let stream = [frame(1, &deliver), head, body.clone(), frame(8, b"")].concat();
+        for chunk in [1, 3, 7, 1000] {
+            let out = sifted(&stream, chunk);
+            assert_eq!(out.len(), stream.len());
+            let text = String::from_utf8_lossy(&out);
+            assert!(text.contains("caf\u{1a}") && text.contains("a/\u{1a}b\u{1a}"), "{text:?}");
+            assert!(text.contains("h\u{1a}d") && text.contains("id\u{1a}\u{1a}"), "{text:?}");
+            // A header's value and the payload may be anything.
+            assert!(out.windows(3).any(|bytes| bytes == b"\x02\xff\xfe"));
+            assert!(out.windows(body.len()).any(|bytes| bytes == body));
+        }
+    }
+
+    #[test]
+    fn nesting_ends_at_the_limit_and_costs_no_stack() {
+        let mut value = Vec::new();
+        for inner in (0..26_000_u32).rev() {
+            value.push(b'A');
+            value.extend((inner * 5).to_be_bytes());
+        }
+        let table = [&b"\x01h"[..], &value].concat();
+        let size = u32::try_from(table.len()).expect("small").to_be_bytes();
+        let stream = head(1 << 13, &[&size[..], &table].concat());
+        let out = sifted(&stream, 4096);
+        assert_eq!(out.iter().filter(|byte| **byte == b'x').count(), 1);
+        assert_eq!(out.iter().zip(&stream).filter(|(a, b)| a != b).count(), 1);
+    }
+
+    #[test]
+    fn what_is_cut_short_is_passed_on_as_it_is() {
+        for content in [&b""[..], b"\0\x3c", b"\0\x3c\0\x3c\xff", &[0, 60, 0, 60, 1, b'c', 0]] {
+            for kind in [1, 2] {
+                let stream = frame(kind, content);
+                assert_eq!(sifted(&stream, 1), stream);
+            }
+        }
+        let stream = head(1 << 13 | 1 << 7, b"\0\0\0\x04\x01hZ\xff\x02\xff\xff");
+        let out = sifted(&stream, 5);
+        assert!(out.ends_with(b"\x01hZ\xff\x02\x1a\x1a\xce"), "an unknown type ends the table, not the frame: {out:?}");
+    }
+}
