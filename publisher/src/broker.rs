@@ -60,6 +60,9 @@ impl BrokerError {
     }
 }
 
+/// How long a broker may take from the first byte to an open connection.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
 /// How to reach the broker.
 #[derive(Clone, Debug)]
 pub struct Broker {
@@ -92,8 +95,16 @@ impl Broker {
         uri.query.connection_timeout.get_or_insert(5000);
         let name = format!("{} ({purpose})", self.name);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        let connection =
-            sieve::connect(uri.clone(), properties).await.map_err(|error| refusal(&uri, &error))?;
+        // The library bounds the TCP connection, not what follows: whatever accepts and says nothing would hold us for ever.
+        let connecting = tokio::time::timeout(HANDSHAKE, sieve::connect(uri.clone(), properties));
+        let connection = match connecting.await {
+            Ok(connected) => connected.map_err(|error| refusal(&uri, &error))?,
+            Err(_) => {
+                let address = format!("{}:{}", uri.authority.host, uri.authority.port);
+                let cause = format!("it accepts the connection and does not answer within {HANDSHAKE:?}");
+                return Err(BrokerError::Unreachable { address, cause });
+            }
+        };
         let (tell, blocked) = watch::channel(None);
         let mut events = connection.events_listener();
         let status = connection.status().clone();

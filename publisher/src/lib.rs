@@ -1,6 +1,6 @@
 //! AMQP out: connect, declare, publish with confirms.
 //!
-//! Architecture invariant: the AMQP library's types stay in `broker`, `declare`, `codec` and `publish`.
+//! Architecture invariant: the AMQP library's types stay in `broker`, `sieve`, `declare`, `codec` and `publish`.
 #![warn(clippy::print_stdout)]
 
 pub mod broker;

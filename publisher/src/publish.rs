@@ -229,7 +229,7 @@ impl Desk {
                 }
                 End::Lost(why) => {
                     tracing::warn!(why, repeated = self.queue.len(), "publishing connection lost, connecting again");
-                    suspects = 0;
+                    // Suspects stay suspects: what was still being written to the closed channel can end the connection too.
                     tokio::spawn(async move { current.close().await });
                 }
             }

@@ -330,7 +330,8 @@ mod tests {
     #[test]
     fn short_strings_become_utf8_and_everything_else_stays() {
         let deliver = [&[0, 60, 0, 60, 1, b'c', 0, 0, 0, 0, 0, 0, 0, 7, 0][..], b"\x01x", b"\x04caf\xe9"].concat();
-        let properties = [&b"\x05a/\xffb\xc3"[..], b"\0\0\0\x0b\x03h\xe9d", b"S\0\0\0\x02\xff\xfe", b"\x02\x04id\xe9\xe8"];
+        let properties =
+            [&b"\x05a/\xffb\xc3"[..], b"\0\0\0\x0b\x03h\xe9d", b"S\0\0\0\x02\xff\xfe", b"\x02\x04id\xe9\xe8"];
         let head = head(1 << 15 | 1 << 13 | 1 << 12 | 1 << 7, &properties.concat());
         let body = frame(3, b"\xff\xfe\xce\x01");
         let stream = [frame(1, &deliver), head, body.clone(), frame(8, b"")].concat();
@@ -357,8 +358,8 @@ mod tests {
         let size = u32::try_from(table.len()).expect("small").to_be_bytes();
         let stream = head(1 << 13, &[&size[..], &table].concat());
         let out = sifted(&stream, 4096);
-        assert_eq!(out.iter().filter(|byte| **byte == b'x').count(), 1);
-        assert_eq!(out.iter().zip(&stream).filter(|(a, b)| a != b).count(), 1);
+        let changed: Vec<(u8, u8)> = stream.iter().copied().zip(out).filter(|(a, b)| a != b).collect();
+        assert_eq!(changed, [(b'A', b'x')]);
     }
 
     #[test]

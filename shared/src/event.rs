@@ -414,12 +414,17 @@ fn attribute(name: &str, problem: &str) -> Unreadable {
     Unreadable::Attribute { name: name.into(), problem: problem.into() }
 }
 
+/// What stands for a byte that was not UTF-8: a text that holds it is not the text that was meant.
+const SUBSTITUTE: char = '\u{1a}';
+
 /// Neither empty, nor too long for its place, nor able to forge a log line.
 fn text(name: &str, value: &str, max: usize) -> Result<(), Unreadable> {
     if value.is_empty() {
         Err(attribute(name, "is empty"))
     } else if value.len() > max {
         Err(attribute(name, &format!("has {} bytes, the limit is {max}", value.len())))
+    } else if value.contains(SUBSTITUTE) {
+        Err(attribute(name, "holds bytes that are not UTF-8 (each stands as U+001A)"))
     } else if value.chars().any(char::is_control) {
         Err(attribute(name, "holds control characters"))
     } else {

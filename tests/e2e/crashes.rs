@@ -307,3 +307,25 @@ async fn rows_adopted_while_the_connection_breaks_are_published_all_the_same() -
     ensure!(ledger.adds_up() && ledger.handled == 100, "{ledger:?}{}", lab.logs());
     lab.calls_in_order()
 }
+
+#[tokio::test]
+async fn what_was_recorded_of_an_attempt_that_a_kill_ended_goes_when_a_retry_is_done() -> anyhow::Result<()> {
+    let mut lab = Lab::new("crashes-recorded")?;
+    lab.set("WARREN_ROUTES", &lab.fresh_route(", retry: {attempts: 4, backoff: 100ms}"));
+    lab.declare().await?;
+    let heard = lab.recorded().await?;
+    let ids = lab.send(&[event("e", "order.placed", "k", json!({"fail": 1, "sleeps": [60, 60, 0, 0]}))]).await?;
+    for calls in 1..=2 {
+        let mut worker = lab.worker()?;
+        until("it runs", PATIENCE, || lab.calls().len() == calls).await?;
+        worker.kill().await?;
+    }
+    ensure!(lab.starts() == 1, "the second start was to be recorded");
+    let _last = lab.worker()?;
+    let ledger = lab.account(&ids, &heard, PATIENCE).await?;
+    ensure!(ledger.adds_up() && ledger.handled == 1, "{ledger:?}");
+    let attempts: Vec<String> = lab.calls().into_iter().map(|[.., attempt]| attempt).collect();
+    ensure!(attempts == ["1", "1", "1", "2"], "the attempts were {attempts:?}");
+    ensure!(lab.starts() == 0, "{} starts are left", lab.starts());
+    Ok(())
+}

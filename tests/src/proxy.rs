@@ -12,6 +12,8 @@ use tokio::sync::watch;
 pub enum Answers {
     /// They pass.
     Pass,
+    /// They come as few and as large as they may: many messages at once, after all that came before.
+    Merged,
     /// They, and all that comes after them, wait.
     Wait,
     /// They are lost, and nothing else is: a confirm that got stuck in the broker.
@@ -160,23 +162,109 @@ async fn back(
     open: Arc<Mutex<Open>>,
     mut gate: watch::Receiver<Answers>,
 ) -> std::io::Result<()> {
-    loop {
-        let (bytes, method) = frame(&mut from).await?;
-        if matches!(method, Some(ACK | NACK)) {
-            let gone = |_| std::io::Error::other("the test ended");
-            if *gate.wait_for(|answers| *answers != Answers::Wait).await.map_err(gone)? == Answers::Lost {
-                continue;
-            }
-            let at = HEADER + 4;
-            let tag = bytes[at..at + 8].iter().fold(0, |tag, byte| tag << 8 | u64::from(*byte));
-            // Before the client can know of it: the count is never too high.
-            let mut open = lock(&open);
-            if bytes[at + 8] & 1 == 1 {
-                open.tags = open.tags.split_off(&(tag + 1));
-            } else {
-                open.tags.remove(&tag);
+    let (feed, mut frames) = tokio::sync::mpsc::channel(1000);
+    let reading = async move {
+        loop {
+            let frame = frame(&mut from).await?;
+            if feed.send(frame).await.is_err() {
+                return Ok(());
             }
         }
-        to.write_all(&bytes).await?;
+    };
+    let writing = async move {
+        let mut merged = Merged::default();
+        loop {
+            let next = tokio::select! {
+                biased;
+                next = frames.recv() => next,
+                () = tokio::time::sleep(QUIET), if merged.waits() => {
+                    to.write_all(&merged.take(&open)).await?;
+                    continue;
+                }
+            };
+            let Some((bytes, method)) = next else { return Ok(()) };
+            if !matches!(method, Some(ACK | NACK)) {
+                to.write_all(&bytes).await?;
+                continue;
+            }
+            let gone = |_| std::io::Error::other("the test ended");
+            let answers = *gate.wait_for(|answers| *answers != Answers::Wait).await.map_err(gone)?;
+            let at = HEADER + 4;
+            let tag = bytes[at..at + 8].iter().fold(0, |tag, byte| tag << 8 | u64::from(*byte));
+            let multiple = bytes[at + 8] & 1 == 1;
+            match answers {
+                Answers::Lost => {}
+                Answers::Merged if method == Some(ACK) => {
+                    merged.note(&bytes, tag, multiple, &open);
+                    if merged.tags.len() >= MERGED {
+                        to.write_all(&merged.take(&open)).await?;
+                    }
+                }
+                _ => {
+                    // Before the client can know of it: the count is never too high.
+                    settle(&open, tag, multiple);
+                    to.write_all(&bytes).await?;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        ended = reading => ended,
+        ended = writing => ended,
+    }
+}
+
+fn settle(open: &Mutex<Open>, tag: u64, multiple: bool) {
+    let mut open = lock(open);
+    if multiple {
+        open.tags = open.tags.split_off(&(tag + 1));
+    } else {
+        open.tags.remove(&tag);
+    }
+}
+
+/// How long the broker is silent before what was merged goes on.
+const QUIET: std::time::Duration = std::time::Duration::from_millis(2);
+/// So many acks are merged at most.
+const MERGED: usize = 500;
+
+/// Acks that wait to be told as one.
+#[derive(Default)]
+struct Merged {
+    frame: Vec<u8>,
+    tags: BTreeSet<u64>,
+}
+
+impl Merged {
+    fn waits(&self) -> bool {
+        !self.tags.is_empty()
+    }
+
+    fn note(&mut self, frame: &[u8], tag: u64, multiple: bool, open: &Mutex<Open>) {
+        self.frame = frame.to_vec();
+        if multiple {
+            self.tags.extend(lock(open).tags.range(..=tag));
+        }
+        self.tags.insert(tag);
+    }
+
+    /// One ack for all from the oldest on that are acked without a gap, and one for each of the rest.
+    fn take(&mut self, open: &Mutex<Open>) -> Vec<u8> {
+        let tags = std::mem::take(&mut self.tags);
+        let unacked = lock(open).tags.iter().find(|tag| !tags.contains(tag)).copied().unwrap_or(u64::MAX);
+        let mut bytes = Vec::new();
+        let mut answer = |tag: u64, multiple: bool| {
+            settle(open, tag, multiple);
+            let at = HEADER + 4;
+            let mut frame = self.frame.clone();
+            frame[at..at + 8].copy_from_slice(&tag.to_be_bytes());
+            frame[at + 8] = u8::from(multiple);
+            bytes.extend(frame);
+        };
+        if let Some(last) = tags.range(..unacked).next_back() {
+            answer(*last, true);
+        }
+        tags.range(unacked..).for_each(|tag| answer(*tag, false));
+        bytes
     }
 }

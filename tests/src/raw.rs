@@ -64,7 +64,7 @@ impl Raw {
     #[must_use]
     pub fn header(self, name: &str, text: &str) -> Self {
         let value = AMQPValue::LongString(LongString::from(text.as_bytes()));
-        let mut headers = self.properties.headers().clone().unwrap_or_else(FieldTable::default);
+        let mut headers = self.properties.headers().clone().unwrap_or_default();
         headers.insert(short(name), value);
         self.with(|p| p.with_headers(headers))
     }

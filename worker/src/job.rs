@@ -194,8 +194,10 @@ impl Job {
         Some(Effect { seen: self.seen(), outcome, started: self.started(), partition, out })
     }
 
+    /// Whose record of starts its outcome ends. A first delivery of a first attempt has none; a later attempt may have
+    /// what an earlier one left, when the process died in it.
     fn started(&self) -> Option<Identity> {
-        if self.redelivered { self.suspect() } else { None }
+        if self.redelivered || self.attempt() > 1 { self.suspect() } else { None }
     }
 
     pub(crate) fn cause(&self, doom: Doom, handler: &str) -> Cause {
