@@ -62,7 +62,6 @@ struct Send {
 }
 
 fn main() -> ExitCode {
-    process::with_deep_stacks();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return process::usage(&error),

@@ -1,4 +1,4 @@
-//! What both binaries do before and after their work: environment, log, stack, exit code.
+//! What both binaries do before and after their work: environment, log, exit code.
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use warren_shared::env::{LogFormat, Mistake, Reader, Settings, unknown};
@@ -11,40 +11,6 @@ pub mod exit {
     pub const USAGE: u8 = 64;
     /// Broker or store unavailable.
     pub const UNAVAILABLE: u8 = 69;
-}
-
-/// The stack of every thread, committed lazily. The AMQP library reads nested headers by recursion, a frame can hold
-/// 26,000 levels of them, and its I/O thread takes the default size: 2 MiB would let one message abort the process.
-pub const STACK: usize = 128 << 20;
-
-/// Starts the process anew with [`STACK`] as the default, unless it already is. To be called first in `main`.
-///
-/// The default is read from `RUST_MIN_STACK` once, and setting a variable in a running process is unsafe; replacing
-/// the process (same pid) is not.
-pub fn with_deep_stacks() {
-    use std::os::unix::process::CommandExt;
-    const VARIABLE: &str = "RUST_MIN_STACK";
-    let enough = |value: String| value.parse().is_ok_and(|size: usize| size >= STACK);
-    if std::env::var(VARIABLE).is_ok_and(enough) {
-        return;
-    }
-    if let Ok(program) = std::env::current_exe() {
-        let mut arguments = std::env::args_os();
-        let mut command = std::process::Command::new(program);
-        if let Some(name) = arguments.next() {
-            command.arg0(name);
-        }
-        // `exec` returns only where it failed; a shallow stack is then still better than no worker.
-        let _ = command.args(arguments).env(VARIABLE, STACK.to_string()).exec();
-    }
-}
-
-/// A runtime whose threads have [`STACK`].
-///
-/// # Errors
-/// The operating system gives no threads.
-pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build()
 }
 
 /// The environment with `AMQP_URL_FILE` and `DATABASE_URL_FILE` read.
@@ -110,19 +76,19 @@ fn is_workers(name: &str) -> bool {
     warren_shared::env::VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker)
 }
 
-/// Runs a command on a runtime of its own. Its future is spawned: the main thread's stack cannot be chosen.
+/// Runs a command on a runtime of its own.
 ///
 /// # Errors
 /// The command's error, or that the operating system gives no threads.
 pub fn run<F>(command: F) -> anyhow::Result<ExitCode>
 where
-    F: Future<Output = anyhow::Result<ExitCode>> + Send + 'static,
+    F: Future<Output = anyhow::Result<ExitCode>>,
 {
-    let runtime = runtime()?;
-    let result = runtime.block_on(runtime.spawn(command));
+    let runtime = tokio::runtime::Runtime::new()?;
+    let result = runtime.block_on(command);
     // A thread that reads a terminal does not end by itself.
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));
-    result?
+    result
 }
 
 /// Prints an error with its causes; the exit code tells what kind it is.

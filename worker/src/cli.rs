@@ -95,7 +95,6 @@ impl Which {
 /// Runs a command line; what `main` does.
 #[must_use]
 pub fn main() -> ExitCode {
-    process::with_deep_stacks();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return process::usage(&error),

@@ -58,6 +58,12 @@ impl Routes {
         self.0.iter()
     }
 
+    /// The route at a place.
+    #[must_use]
+    pub fn get(&self, place: usize) -> Option<&Route> {
+        self.0.get(place)
+    }
+
     /// The place of the most specific route that takes a type.
     #[must_use]
     pub fn find(&self, kind: &str) -> Option<usize> {

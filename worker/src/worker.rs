@@ -160,13 +160,10 @@ impl Worker {
             serving.with_context(|| format!("WARREN_ADMIN_ADDR: cannot serve on {address}"))?;
         }
 
-        let handlers: Vec<(Route, Arc<dyn Handler>)> =
-            routes.iter().map(|route| (route.clone(), handler::build(route))).collect();
-        let closers: Vec<Arc<dyn Handler>> = handlers.iter().map(|(_, handler)| handler.clone()).collect();
-        let find = routes.clone();
+        let handlers: Vec<Arc<dyn Handler>> = routes.iter().map(handler::build).collect();
         let running = pipeline::start(Parts {
-            routes: handlers,
-            find: Box::new(move |kind| find.find(kind)),
+            routes: routes.clone(),
+            handlers: handlers.clone(),
             law: config::law(&settings),
             house: House { topology: topology.clone(), worker: name.clone() },
             context: Context { timeout: config::TIMEOUT, pool: settings.pool.as_str().into(), limits: settings.limits },
@@ -212,7 +209,7 @@ impl Worker {
         phase.send_replace(Phase::Closing);
         let closed = futures_util::future::join_all(tasks);
         let _ = tokio::time::timeout(SETTLE, closed).await;
-        futures_util::future::join_all(closers.iter().map(|handler| handler.close())).await;
+        futures_util::future::join_all(handlers.iter().map(|handler| handler.close())).await;
         keeper.abort();
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");

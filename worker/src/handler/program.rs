@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use warren_shared::Identity;
 
 /// Kept from programs: the first four are secrets, the last is the worker's own.
-const WITHHELD: [&str; 5] = ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE", "RUST_MIN_STACK"];
+const WITHHELD: [&str; 4] = ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE"];
 
 /// A line of stderr is cut here.
 const LOG_LINE: usize = 4096;
@@ -232,7 +232,7 @@ mod tests {
         let withheld: Vec<_> = command.as_std().get_envs().collect();
         assert!(withheld.iter().all(|(_, value)| value.is_none()), "{withheld:?}");
         let names: Vec<_> = withheld.iter().filter_map(|(name, _)| name.to_str()).collect();
-        assert_eq!(names, ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE", "RUST_MIN_STACK"]);
+        assert_eq!(names, ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE"]);
     }
 
     #[test]

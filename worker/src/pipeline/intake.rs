@@ -1,0 +1,130 @@
+//! Deliveries on their way in: adoption before the first, then a job each, then the schedule.
+use super::{Id, News, Pipeline, hash, millis, now_ms};
+use crate::consumer::Arrival;
+use crate::fault;
+use crate::job::Job;
+use crate::metrics::{self, names};
+use crate::store::{Left, Row, StoreError};
+use std::collections::VecDeque;
+use std::time::Duration;
+use warren_shared::delivery::Fact;
+use warren_shared::retry::DUE;
+use warren_shared::wire::Identified;
+
+impl Pipeline {
+    pub(super) fn arrived(&mut self, arrivals: Vec<Arrival>) {
+        let Some(first) = arrivals.first() else { return };
+        let epoch = first.ticket.epoch();
+        metrics::count_by(names::RECEIVED, "lane", first.ticket.place().lane_name.clone(), arrivals.len() as u64);
+        if self.draining {
+            return;
+        }
+        if !self.parts.owned {
+            return self.admit(arrivals);
+        }
+        match self.epochs.get_mut(&epoch) {
+            Some(None) => self.admit(arrivals),
+            Some(Some(waiting)) => waiting.extend(arrivals),
+            None => {
+                // The broker made us this partition's consumer: what its last owner left goes out before our own.
+                let partition = first.ticket.place().queue.clone();
+                tracing::info!(partition, "first delivery from {partition}: this worker is its active consumer");
+                self.epochs.insert(epoch, Some(arrivals));
+                self.adopt(epoch, partition, Duration::ZERO);
+            }
+        }
+    }
+
+    pub(super) fn adopt(&self, epoch: u64, partition: String, pause: Duration) {
+        let (store, tell) = (self.parts.store.clone(), self.tell.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let rows = store.adopt(Left::In(partition)).await;
+            let _ = tell.send(News::Adopted(epoch, rows));
+        });
+    }
+
+    pub(super) fn adopted(&mut self, epoch: u64, rows: Result<Vec<Row>, StoreError>) {
+        match rows {
+            Ok(rows) => {
+                if !rows.is_empty() {
+                    tracing::info!(rows = rows.len(), "publishing what the partition's last owner left");
+                    // They are ours even if the epoch has ended meanwhile: nobody else would publish them.
+                    self.parts.outbox.push(rows);
+                }
+                let Some(waiting) = self.epochs.get_mut(&epoch) else { return };
+                let arrivals = waiting.take().unwrap_or_default();
+                self.admit(arrivals);
+            }
+            Err(error) => {
+                self.store_failed(&error);
+                let first = self.epochs.get(&epoch).and_then(|waiting| waiting.as_ref()?.first());
+                if let Some(partition) = first.map(|arrival| arrival.ticket.place().queue.clone()) {
+                    self.adopt(epoch, partition, Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    pub(super) fn admit(&mut self, arrivals: Vec<Arrival>) {
+        let (now, monotonic) = (now_ms(), millis(self.started.elapsed()));
+        for Arrival { ticket, redelivered, content } in arrivals {
+            fault::point("received");
+            let id = self.next;
+            self.next += 1;
+            let incoming = match content {
+                Err(message) => {
+                    self.jobs.insert(id, Job::of_message(ticket, redelivered, message));
+                    self.fact(id, Fact::Unreadable);
+                    continue;
+                }
+                Ok(incoming) => incoming,
+            };
+            if incoming.identified == Identified::OnArrival {
+                self.anonymous(&incoming);
+            }
+            let route = self.parts.routes.find(incoming.event.kind());
+            let (lane, priority, attempt, due) =
+                (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
+            let job = Job::of_event(ticket, redelivered, incoming, route);
+            let key = hash(&job.turn());
+            self.jobs.insert(id, job);
+            let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
+            if remaining > DUE {
+                self.fact(id, Fact::Early { remaining, attempt });
+            } else {
+                self.schedule.push(key, lane, priority, monotonic, id);
+            }
+        }
+    }
+
+    pub(super) fn anonymous(&mut self, incoming: &warren_shared::Incoming) {
+        metrics::count(names::ANONYMOUS, 1);
+        if !std::mem::replace(&mut self.warned_anonymous, true) {
+            tracing::warn!(
+                r#type = incoming.event.kind(),
+                source = incoming.event.source(),
+                "a message came without message_id: it is handled, but a repeated delivery cannot be recognised; \
+                 have its publisher set message_id (said once, counted in {})",
+                names::ANONYMOUS
+            );
+        }
+    }
+
+    pub(super) fn ended(&mut self, epoch: u64) {
+        self.epochs.remove(&epoch);
+        let Self { schedule, jobs, .. } = self;
+        for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {
+            jobs.remove(&id);
+        }
+        self.leave_holds(|job| job.ticket.epoch() == epoch, Fact::Gone);
+        // The next owner must not take a run for a death of this process: what waits for its turn leaves, what runs is
+        // no longer counted.
+        let of = |s: &Self, id: &Id| s.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch);
+        let (leaving, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| of(self, id));
+        self.alone = staying;
+        VecDeque::into_iter(leaving).for_each(|id| self.fact(id, Fact::Interrupted));
+        let running: Vec<Id> = self.jobs.keys().filter(|id| of(self, id)).copied().collect();
+        running.into_iter().for_each(|id| self.unmark(id));
+    }
+}

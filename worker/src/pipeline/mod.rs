@@ -1,0 +1,339 @@
+//! The one loop: news in, the law's decision, effects out. The only file that orders effects.
+//!
+//! Everything that waits (store, broker, handlers, clocks) runs in tasks of its own and comes back as [`News`]; the
+//! loop itself never waits. Work for the store and the broker gathers at stations while their last batch is under
+//! way, so batches grow with the load and an idle worker answers at once.
+mod ending;
+mod intake;
+mod runs;
+mod stations;
+
+use crate::config::Routes;
+use crate::consumer::{self, Arrival, Subscriptions};
+use crate::fault;
+use crate::handler::{self, Context, Handler};
+use crate::job::{House, Job, Mark};
+use crate::metrics::{self, names};
+use crate::outbox::Outbox;
+use crate::store::{Committed, Effect, Recorded, Row, Start, Store, StoreError};
+use stations::{BATCH, Queue, STATIONS, Station};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+use warren_publisher::Publisher;
+use warren_publisher::publish::Outcome as Published;
+use warren_shared::delivery::{self, Action, Company, Fact, Law, State};
+use warren_shared::schedule::Schedule;
+
+type Id = u64;
+
+/// Handled and not yet recorded, or recorded and not yet published: beyond this nothing more is taken.
+const BACKLOG: usize = 4096;
+
+/// What the loop learns.
+#[derive(Debug)]
+enum News {
+    Subscription(consumer::News),
+    Adopted(u64, Result<Vec<Row>, StoreError>),
+    Looked(Vec<Id>, Result<Vec<Option<Committed>>, StoreError>),
+    Started(Vec<Id>, Result<Vec<Start>, StoreError>),
+    Unstarted(Vec<Id>, Result<(), StoreError>),
+    Committed(Vec<Id>, Arc<Vec<Effect>>, Instant, Result<Vec<Recorded>, StoreError>),
+    Relayed(Vec<Id>, Result<Vec<Row>, StoreError>),
+    Published(Vec<Id>, Vec<Published>),
+    Handled(Id, handler::Outcome),
+    Waited(Id),
+    Rested(Station),
+    Order(Order),
+}
+
+/// What the worker orders.
+#[derive(Debug)]
+pub enum Order {
+    /// Take nothing more; answer when all that runs has ended.
+    Drain(oneshot::Sender<()>),
+    /// End what still runs, uncounted.
+    Interrupt,
+}
+
+/// What the loop is made of.
+pub(crate) struct Parts {
+    pub(crate) routes: Routes,
+    /// One a route, in the order of the routes.
+    pub(crate) handlers: Vec<Arc<dyn Handler>>,
+    pub(crate) law: Law,
+    pub(crate) house: House,
+    pub(crate) context: Context,
+    pub(crate) concurrency: usize,
+    /// Whether each partition has one owner, who relays what its last owner left.
+    pub(crate) owned: bool,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) publisher: Publisher,
+    pub(crate) outbox: Outbox,
+    pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) pulse: Arc<Pulse>,
+}
+
+/// Signs of life for probes.
+#[derive(Debug, Default)]
+pub struct Pulse {
+    /// Milliseconds since 1970 of the loop's last turn.
+    pub turned: AtomicI64,
+    /// Whether the store refused its last call.
+    pub store_fails: AtomicBool,
+}
+
+/// The loop's state.
+pub(crate) struct Pipeline {
+    parts: Parts,
+    inbox: mpsc::UnboundedReceiver<News>,
+    tell: mpsc::UnboundedSender<News>,
+    jobs: HashMap<Id, Job>,
+    next: Id,
+    schedule: Schedule<u64, Id>,
+    stations: HashMap<Station, Queue>,
+    /// Taken from the schedule and not yet through their handler.
+    active: usize,
+    /// May have killed the process: each runs alone.
+    alone: VecDeque<Id>,
+    solo: Option<Id>,
+    /// Epochs whose partition is ours, and arrivals that wait until the last owner's rows are relayed.
+    epochs: HashMap<u64, Option<Vec<Arrival>>>,
+    drained: Option<oneshot::Sender<()>>,
+    draining: bool,
+    warned_anonymous: bool,
+    started: Instant,
+}
+
+/// The handles of a running loop.
+pub(crate) struct Running {
+    pub(crate) news: mpsc::UnboundedSender<consumer::News>,
+    pub(crate) orders: mpsc::UnboundedSender<Order>,
+}
+
+/// Starts the loop.
+pub(crate) fn start(parts: Parts) -> Running {
+    let (tell, inbox) = mpsc::unbounded_channel();
+    let (news, mut subscription_news) = mpsc::unbounded_channel();
+    let (orders, mut order_box) = mpsc::unbounded_channel();
+    let forward = tell.clone();
+    tokio::spawn(async move {
+        while let Some(news) = subscription_news.recv().await {
+            let _ = forward.send(News::Subscription(news));
+        }
+    });
+    let forward = tell.clone();
+    tokio::spawn(async move {
+        while let Some(order) = order_box.recv().await {
+            let _ = forward.send(News::Order(order));
+        }
+    });
+    let weights: Vec<u32> = parts.house.topology.lanes.iter().map(|lane| lane.weight).collect();
+    let pipeline = Pipeline {
+        parts,
+        inbox,
+        tell,
+        jobs: HashMap::new(),
+        next: 0,
+        schedule: Schedule::new(weights),
+        stations: STATIONS.into_iter().map(|s| (s, Queue::default())).collect(),
+        active: 0,
+        alone: VecDeque::new(),
+        solo: None,
+        epochs: HashMap::new(),
+        drained: None,
+        draining: false,
+        warned_anonymous: false,
+        started: Instant::now(),
+    };
+    tokio::spawn(pipeline.run());
+    Running { news, orders }
+}
+
+impl Pipeline {
+    async fn run(mut self) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                biased;
+                news = self.inbox.recv() => {
+                    let Some(news) = news else { return };
+                    self.learn(news);
+                    for _ in 0..BATCH {
+                        match self.inbox.try_recv() {
+                            Ok(news) => self.learn(news),
+                            Err(_) => break,
+                        }
+                    }
+                }
+                _ = tick.tick() => self.gauge(),
+            }
+            self.advance();
+            if self.draining
+                && self.jobs.is_empty()
+                && self.quiet()
+                && let Some(tell) = self.drained.take()
+            {
+                let _ = tell.send(());
+            }
+        }
+    }
+
+    fn learn(&mut self, news: News) {
+        match news {
+            News::Subscription(consumer::News::Arrived(arrivals)) => self.arrived(arrivals),
+            News::Subscription(consumer::News::Ended(epoch)) => self.ended(epoch),
+            News::Adopted(epoch, rows) => self.adopted(epoch, rows),
+            News::Looked(ids, answer) => self.answered(Station::Look, ids, answer, Self::looked),
+            News::Started(ids, answer) => {
+                self.answered(Station::Start, ids, answer, Self::started);
+            }
+            News::Unstarted(ids, answer) => {
+                let answer = answer.map(|()| ids.iter().map(|_| ()).collect());
+                self.answered(Station::Unstart, ids, answer, |s, id, ()| s.unstarted(id));
+            }
+            News::Committed(ids, effects, since, answer) => self.committed(ids, effects, since, answer),
+            News::Relayed(ids, answer) => self.relayed(ids, answer),
+            News::Published(ids, outcomes) => self.published(ids, outcomes),
+            News::Handled(id, outcome) => self.handled(id, outcome),
+            News::Waited(id) => self.fact(id, Fact::Waited),
+            News::Rested(station) => self.station(station).busy = false,
+            News::Order(Order::Drain(tell)) => self.drain(tell),
+            News::Order(Order::Interrupt) => self.interrupt(),
+        }
+    }
+
+    fn fact(&mut self, id: Id, fact: Fact) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let route = job.route();
+        let law = route.and_then(|r| self.parts.routes.get(r)).map_or(&self.parts.law, |route| &route.law);
+        let was = is_active(job);
+        match delivery::next(job.state, fact, law) {
+            Ok((state, action)) => {
+                job.state = state;
+                let is = is_active(job);
+                self.active = self.active + usize::from(is) - usize::from(was);
+                self.perform(id, action);
+            }
+            // The job goes back to the broker with its channel; its key goes on.
+            Err(illegal) => {
+                debug_assert!(false, "{illegal}");
+                tracing::error!(%illegal, "a fault in Warren: please report it");
+                self.active -= usize::from(was);
+                self.remove(id);
+            }
+        }
+    }
+
+    fn perform(&mut self, id: Id, action: Action) {
+        match action {
+            Action::Look => self.enqueue(Station::Look, id),
+            Action::Record => self.mark(id),
+            Action::Release => match self.jobs.get(&id).map(|job| job.mark) {
+                Some(Mark::Absent) => self.fact(id, Fact::Released),
+                // Where the store was asked already, its answer leads on.
+                _ => self.unmark(id),
+            },
+            Action::CommitDone | Action::CommitDead(_) => self.enqueue(Station::Commit, id),
+            Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
+            // Its start counts when its turn comes: whoever waits is not to blame for a death before that.
+            Action::Run(run) if run.company == Company::Alone => {
+                self.alone.push_back(id);
+                self.unmark(id);
+            }
+            Action::Run(_) => self.launch(id),
+            Action::Hold(run, after) => self.hold(id, run.attempt, after),
+            Action::Ack => {
+                fault::point("before-ack");
+                let Some(mut job) = self.remove(id) else { return };
+                // Every way to `Safe` brings its proof; the type asks for it all the same.
+                if let Some(proof) = job.proof.take() {
+                    job.ticket.ack(proof);
+                }
+            }
+            Action::Stop => {
+                self.remove(id);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: Id) -> Option<Job> {
+        let job = self.jobs.remove(&id)?;
+        if let Some(key) = job.key {
+            self.schedule.finish(&key);
+        }
+        if self.solo == Some(id) {
+            self.solo = None;
+        }
+        Some(job)
+    }
+
+    fn advance(&mut self) {
+        self.take();
+        self.turn_of_the_suspects();
+        for station in STATIONS {
+            self.serve(station);
+        }
+    }
+
+    fn take(&mut self) {
+        let backlog = self.stations[&Station::Commit].waiting.len() + self.parts.outbox.pending();
+        if self.draining || !self.alone.is_empty() || self.solo.is_some() || backlog > BACKLOG {
+            return;
+        }
+        while self.active < self.parts.concurrency {
+            let Some((key, id)) = self.schedule.take() else { return };
+            let Some(job) = self.jobs.get_mut(&id) else {
+                self.schedule.finish(&key);
+                continue;
+            };
+            job.key = Some(key);
+            self.active += 1;
+            if job.seen().is_some() {
+                self.enqueue(Station::Look, id);
+            } else {
+                // Nothing can be known of it.
+                self.looked(id, None);
+            }
+        }
+    }
+
+    fn gauge(&self) {
+        self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
+        metrics::set(names::RUNNING, self.active);
+        metrics::set(names::WAITING, self.schedule.waiting());
+        metrics::set(names::OUTBOX, self.parts.outbox.pending());
+        metrics::set(names::CONSUMING, self.parts.subscriptions.consuming());
+        if let Some(oldest) = self.jobs.values().map(Job::age).max().filter(|age| *age > Duration::from_secs(60)) {
+            tracing::debug!(?oldest, jobs = self.jobs.len(), "the oldest delivery here");
+        }
+    }
+}
+
+/// Whether a job holds one of the places for handlers.
+fn is_active(job: &Job) -> bool {
+    job.key.is_some() && matches!(job.state, State::Received | State::Suspected { .. } | State::Running(_))
+}
+
+fn hash(key: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn now_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Jitter, 0..1.
+fn chance() -> f64 {
+    let random = uuid::Uuid::new_v4().as_u128() as u32;
+    f64::from(random) / f64::from(u32::MAX)
+}

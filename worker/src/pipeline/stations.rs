@@ -1,0 +1,349 @@
+//! Where work for the store and the broker gathers, and what their answers mean.
+//!
+//! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
+use super::{Id, News, Pipeline, now_ms};
+use crate::consumer::Proof;
+use crate::fault;
+use crate::job::{Content, Job, Mark};
+use crate::metrics::{self, names};
+use crate::store::{Committed, Effect, Left, Recorded, Row, Seen, StoreError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use warren_publisher::publish::Outcome as Published;
+use warren_shared::delivery::{self, Action, Fact, State};
+use warren_shared::{Identity, Message};
+
+/// Where work gathers for a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Station {
+    Look,
+    Start,
+    Unstart,
+    Commit,
+    Relay,
+    Publish,
+}
+
+pub(super) const STATIONS: [Station; 6] =
+    [Station::Look, Station::Start, Station::Unstart, Station::Commit, Station::Relay, Station::Publish];
+/// A transaction, a read or a chunk of publishes holds so many events at most.
+pub(super) const BATCH: usize = 256;
+
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    pub(super) waiting: VecDeque<Id>,
+    pub(super) busy: bool,
+    failures: u32,
+}
+
+impl Pipeline {
+    pub(super) fn looked(&mut self, id: Id, known: Option<Committed>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let attempt = job.attempt();
+        let fact = if let Some(proof) = known {
+            job.proof = Some(Proof::Committed(proof));
+            metrics::count(names::DUPLICATES, 1);
+            return self.known(id, Fact::Known);
+        } else if job.route().is_none() {
+            Fact::Unrouted
+        } else if job.redelivered {
+            Fact::Redelivered { attempt }
+        } else {
+            Fact::Fresh { attempt }
+        };
+        self.fact(id, fact);
+    }
+
+    pub(super) fn committed(
+        &mut self,
+        ids: Vec<Id>,
+        effects: Arc<Vec<Effect>>,
+        since: Instant,
+        answer: Result<Vec<Recorded>, StoreError>,
+    ) {
+        fault::point("after-commit");
+        metrics::observe(names::COMMIT_SECONDS, since.elapsed().as_secs_f64());
+        metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
+        let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
+        let mut effects = VecDeque::from(effects);
+        let mut relay = Vec::new();
+        let recorded = |s: &mut Self, id: Id, recorded: Recorded| {
+            let effect = effects.pop_front();
+            let (proof, fact) = match recorded {
+                Recorded::Fresh(proof, rows) => {
+                    if let Some(Effect { partition, out, .. }) = effect {
+                        let row = |(id, message)| Row { id, partition: partition.clone(), message };
+                        relay.extend(rows.into_iter().zip(out).map(row));
+                    }
+                    s.tally(id);
+                    (proof, Fact::Committed)
+                }
+                Recorded::Superseded(proof) => {
+                    metrics::count(names::DUPLICATES, 1);
+                    (proof, Fact::Superseded)
+                }
+            };
+            if let Some(job) = s.jobs.get_mut(&id) {
+                job.proof = Some(Proof::Committed(proof));
+            }
+            if fact == Fact::Superseded { s.known(id, fact) } else { s.fact(id, fact) }
+        };
+        self.answered(Station::Commit, ids, answer, recorded);
+        if !relay.is_empty() {
+            self.parts.outbox.push(relay);
+        }
+    }
+
+    /// An outcome was there first. Where a worker that lost this partition recorded it after we took over, it may not
+    /// have published what the event sent: that goes out before the key goes on.
+    pub(super) fn known(&mut self, id: Id, fact: Fact) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if self.parts.owned && job.redelivered {
+            job.known = Some(fact);
+            self.enqueue(Station::Relay, id);
+        } else {
+            self.fact(id, fact);
+        }
+    }
+
+    pub(super) fn relayed(&mut self, ids: Vec<Id>, answer: Result<Vec<Row>, StoreError>) {
+        let known = |s: &mut Self, id: Id, ()| {
+            if let Some(fact) = s.jobs.get_mut(&id).and_then(|job| job.known.take()) {
+                s.fact(id, fact);
+            }
+        };
+        let answer = answer.map(|rows| {
+            if !rows.is_empty() {
+                tracing::info!(rows = rows.len(), "publishing what a former owner recorded after us");
+                self.parts.outbox.push(rows);
+            }
+            ids.iter().map(|_| ()).collect()
+        });
+        self.answered(Station::Relay, ids, answer, known);
+    }
+
+    /// Counts and logs a recorded outcome.
+    pub(super) fn tally(&self, id: Id) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        match job.state.action() {
+            Action::CommitDead(doom) => {
+                let cause = job.cause(doom, &self.handler_name(job));
+                self.buried(job, cause.reason, &cause.error, cause.attempts);
+            }
+            _ => metrics::count_by(names::HANDLED, "lane", job.ticket.place().lane_name.clone(), 1),
+        }
+    }
+
+    pub(super) fn buried(&self, job: &Job, reason: &'static str, error: &str, attempts: u32) {
+        metrics::count_by(names::DEAD, "reason", reason, 1);
+        let (id, kind, key) = match job.event() {
+            Some(event) => (event.id(), event.kind(), event.key()),
+            None => ("", "", "".into()),
+        };
+        let error: String = error.chars().take(200).collect();
+        tracing::warn!(id, r#type = kind, %key, reason, attempts, error, "dead-lettered event '{id}': {reason}");
+    }
+
+    pub(super) fn published(&mut self, ids: Vec<Id>, outcomes: Vec<Published>) {
+        let (mut failed, mut first) = (Vec::new(), None);
+        for (id, outcome) in ids.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(proof) => {
+                    let Some(job) = self.jobs.get_mut(&id) else { continue };
+                    job.proof = Some(Proof::Confirmed(proof));
+                    if let (Action::Bury, Content::Message(message)) = (job.state.action(), &job.content) {
+                        let (reason, error) = (message.1.reason(), message.1.to_string());
+                        let job = &self.jobs[&id];
+                        self.buried(job, reason, &error, 0);
+                    }
+                    self.fact(id, Fact::Confirmed);
+                }
+                Err(refused) => {
+                    first.get_or_insert(refused);
+                    failed.push(id);
+                }
+            }
+        }
+        let Some(refused) = first else { return self.rested(Station::Publish) };
+        tracing::error!(%refused, events = failed.len(), "retries or dead letters are refused, trying again");
+        // Somebody may have deleted the queue under us.
+        let subscriptions = self.parts.subscriptions.clone();
+        tokio::spawn(async move {
+            if let Err(error) = subscriptions.repair().await {
+                tracing::error!(%error, "the topology cannot be declared again");
+            }
+        });
+        self.broke(Station::Publish, failed);
+    }
+
+    pub(super) fn answered<T>(
+        &mut self,
+        station: Station,
+        ids: Vec<Id>,
+        answer: Result<Vec<T>, StoreError>,
+        mut each: impl FnMut(&mut Self, Id, T),
+    ) {
+        match answer {
+            Ok(values) => {
+                // A full disk can still be read.
+                if station != Station::Look {
+                    self.parts.pulse.store_fails.store(false, Ordering::Relaxed);
+                }
+                self.rested(station);
+                ids.into_iter().zip(values).for_each(|(id, value)| each(self, id, value));
+            }
+            Err(error) => {
+                self.store_failed(&error);
+                self.broke(station, ids);
+            }
+        }
+    }
+
+    pub(super) fn store_failed(&self, error: &StoreError) {
+        self.parts.pulse.store_fails.store(true, Ordering::Relaxed);
+        metrics::count(names::STORE_ERRORS, 1);
+        tracing::error!(%error, "the store refuses, trying again: nothing is acked meanwhile");
+    }
+
+    pub(super) fn rested(&mut self, station: Station) {
+        let queue = self.station(station);
+        (queue.busy, queue.failures) = (false, 0);
+    }
+
+    /// The batch is repeated after a pause; the station stays busy until then.
+    pub(super) fn broke(&mut self, station: Station, ids: Vec<Id>) {
+        for id in ids.into_iter().rev() {
+            if let Some(job) = self.jobs.get(&id) {
+                // What is only marked goes on meanwhile.
+                if !matches!(job.state, State::Running(_)) {
+                    let again = delivery::next(job.state, Fact::Broken, &self.parts.law);
+                    debug_assert!(again.is_ok_and(|(state, _)| state == job.state), "a broken action repeats itself");
+                }
+                self.station(station).waiting.push_front(id);
+            }
+        }
+        let queue = self.station(station);
+        queue.failures += 1;
+        let pause = Duration::from_millis(50 << queue.failures.min(6));
+        let tell = self.tell.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let _ = tell.send(News::Rested(station));
+        });
+    }
+
+    pub(super) fn enqueue(&mut self, station: Station, id: Id) {
+        self.station(station).waiting.push_back(id);
+    }
+
+    pub(super) fn station(&mut self, station: Station) -> &mut Queue {
+        self.stations.entry(station).or_default()
+    }
+
+    pub(super) fn quiet(&self) -> bool {
+        self.stations.values().all(|queue| queue.waiting.is_empty())
+    }
+
+    /// Starts the station's next batch, if none is under way.
+    pub(super) fn serve(&mut self, station: Station) {
+        let queue = self.station(station);
+        if queue.busy || queue.waiting.is_empty() {
+            return;
+        }
+        let count = queue.waiting.len().min(BATCH);
+        let mut ids: Vec<Id> = queue.waiting.drain(..count).collect();
+        ids.retain(|id| self.jobs.contains_key(id));
+        // A delivery whose channel ended comes again: neither looked up nor copied. Outcomes are recorded all the same.
+        if matches!(station, Station::Look | Station::Start | Station::Publish) {
+            let gone = |id: &Id| self.jobs.get(id).is_none_or(|job| !job.ticket.is_live());
+            let (dead, live): (Vec<Id>, Vec<Id>) = ids.into_iter().partition(gone);
+            ids = live;
+            dead.into_iter().for_each(|id| self.gone(id));
+        }
+        if ids.is_empty() {
+            return;
+        }
+        self.station(station).busy = true;
+        let (store, tell) = (self.parts.store.clone(), self.tell.clone());
+        match station {
+            Station::Look => {
+                let asked: Vec<Seen> = ids.iter().filter_map(|id| self.jobs.get(id)?.seen()).collect();
+                tokio::spawn(async move {
+                    let answer = store.look(asked).await;
+                    let _ = tell.send(News::Looked(ids, answer));
+                });
+            }
+            Station::Start => {
+                let events = self.suspects(&ids);
+                tokio::spawn(async move {
+                    let answer = store.start(events).await;
+                    let _ = tell.send(News::Started(ids, answer));
+                });
+            }
+            Station::Unstart => {
+                let events = self.suspects(&ids);
+                tokio::spawn(async move {
+                    let answer = store.unstart(events).await;
+                    let _ = tell.send(News::Unstarted(ids, answer));
+                });
+            }
+            Station::Commit => {
+                let names: Vec<String> =
+                    ids.iter().map(|id| self.jobs.get(id).map(|j| self.handler_name(j)).unwrap_or_default()).collect();
+                let Self { jobs, parts, .. } = self;
+                let effect = |(id, name): (&Id, &String)| jobs.get_mut(id)?.effect(&parts.house, name);
+                let effects: Arc<Vec<Effect>> = Arc::new(ids.iter().zip(&names).filter_map(effect).collect());
+                fault::point("before-commit");
+                tokio::spawn(async move {
+                    let since = Instant::now();
+                    let answer = store.commit(effects.clone()).await;
+                    let _ = tell.send(News::Committed(ids, effects, since, answer));
+                });
+            }
+            Station::Relay => {
+                let mut partitions: BTreeMap<String, Vec<Id>> = BTreeMap::new();
+                for id in ids {
+                    if let Some(job) = self.jobs.get(&id) {
+                        partitions.entry(job.ticket.place().queue.clone()).or_default().push(id);
+                    }
+                }
+                tokio::spawn(async move {
+                    // One answer each: rows that are ours now must reach the outbox, whatever becomes of the others.
+                    for (partition, ids) in partitions {
+                        let rows = store.adopt(Left::In(partition)).await;
+                        let _ = tell.send(News::Relayed(ids, rows));
+                    }
+                });
+            }
+            Station::Publish => {
+                let now = now_ms();
+                let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house, now);
+                let copies: Vec<Message> = ids.iter().filter_map(copy).collect();
+                let publisher = self.parts.publisher.clone();
+                tokio::spawn(async move {
+                    let outcomes = publisher.publish_all(copies).await;
+                    let _ = tell.send(News::Published(ids, outcomes));
+                });
+            }
+        }
+    }
+
+    pub(super) fn gone(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        // What was to be counted is not.
+        job.mark = if job.mark == Mark::Coming { Mark::Absent } else { job.mark };
+        let fact = if matches!(job.state, State::Running(_)) { Fact::Interrupted } else { Fact::Gone };
+        self.fact(id, fact);
+    }
+
+    pub(super) fn suspects(&self, ids: &[Id]) -> Vec<Identity> {
+        ids.iter().filter_map(|id| self.jobs.get(id)?.suspect()).collect()
+    }
+
+    pub(super) fn handler_name(&self, job: &Job) -> String {
+        let route = job.route().and_then(|route| self.parts.routes.get(route));
+        route.map(|route| route.on.to_string()).unwrap_or_default()
+    }
+}
