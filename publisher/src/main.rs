@@ -21,7 +21,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Send JSON lines as events; the last line on stdout is the account, as JSON
-    Send(Send),
+    Send(Box<Send>),
     /// Declare the bus (the topic exchange 'warren.events')
     Declare,
 }
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
     };
     match process::run(async move {
         match cli.command {
-            Command::Send(send) => account(&settings, send).await,
+            Command::Send(send) => account(&settings, *send).await,
             Command::Declare => declare_bus(&settings).await,
         }
     }) {

@@ -29,7 +29,7 @@ async fn the_same_event_published_five_times_has_one_recorded_effect() -> anyhow
     let _worker = lab.worker()?;
     let one = event("same", "order.placed", "k", json!({}));
     for _ in 0..5 {
-        lab.send(&[one.clone()]).await?;
+        lab.send(std::slice::from_ref(&one)).await?;
     }
     let ids = lab.send(&[event("last", "order.placed", "k", json!({}))]).await?;
     lab.settled(2, PATIENCE).await?;

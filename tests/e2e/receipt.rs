@@ -35,8 +35,8 @@ async fn the_receipt_log_comes_out_as_its_own_directly_follows_graph_across_kill
     let kills = async {
         for at in [count / 4, count / 2] {
             lab.progressed(at, PATIENCE).await?;
-            // The older one is the active one: the broker keeps a partition's consumer for as long as it lives.
-            fleet.remove(0).kill().await?;
+            let active = fleet.iter().position(|worker| worker.log().contains("first delivery from"));
+            fleet.remove(active.context("nobody is active")?).kill().await?;
             println!("killed the active worker at {} of {count}", lab.inbox());
             fleet.push(lab.worker()?);
         }

@@ -109,7 +109,10 @@ impl Ledger {
             *by_parent.entry(id.to_owned()).or_default() += 1;
             if let Some(sequence) = data["sequence"].as_str().and_then(|s| s.parse().ok()) {
                 let before = last.insert(event.key().into_owned(), sequence);
-                inversions += usize::from(before.is_some_and(|before| before > sequence));
+                if let Some(before) = before.filter(|before| *before > sequence) {
+                    inversions += 1;
+                    println!("key {}: {sequence} after {before} (emitted {:?})", event.key(), event.time());
+                }
             }
         }
         let mut reasons = BTreeMap::new();

@@ -250,7 +250,7 @@ struct Subscription {
 }
 
 enum Opened {
-    Ready(Channel, Consumer),
+    Ready(Box<(Channel, Consumer)>),
     Failed(String),
     QueueMissing,
 }
@@ -267,7 +267,8 @@ impl Subscription {
                 opened = self.open() => opened,
             };
             match opened {
-                Opened::Ready(channel, consumer) => {
+                Opened::Ready(opened) => {
+                    let (channel, consumer) = *opened;
                     failures = 0;
                     let why = self.serve(channel, consumer).await;
                     if *self.phase.borrow() == Phase::Taking {
@@ -306,7 +307,7 @@ impl Subscription {
         };
         match tokio::time::timeout(Duration::from_secs(20), opened).await {
             Err(_) => Opened::Failed("the broker does not answer".into()),
-            Ok(Ok((channel, consumer))) => Opened::Ready(channel, consumer),
+            Ok(Ok(opened)) => Opened::Ready(Box::new(opened)),
             Ok(Err(error)) => match error.kind() {
                 ErrorKind::ProtocolError(amqp) if *amqp.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
                     Opened::QueueMissing
@@ -317,7 +318,7 @@ impl Subscription {
     }
 
     /// Takes and acks until the channel ends or the drain closes it; says why.
-    async fn serve(&mut self, channel: Channel, consumer: Consumer) -> String {
+    async fn serve(&mut self, channel: Channel, mut consumer: Consumer) -> String {
         let epoch = Arc::new(Epoch {
             number: self.shared.epochs.fetch_add(1, Ordering::Relaxed),
             place: self.place.clone(),
@@ -326,18 +327,21 @@ impl Subscription {
             flush: Notify::new(),
         });
         self.shared.consuming.fetch_add(1, Ordering::Relaxed);
-        let why = self.exchange(&channel, consumer, &epoch).await;
+        let why = self.exchange(&channel, &mut consumer, &epoch).await;
         self.shared.consuming.fetch_sub(1, Ordering::Relaxed);
         epoch.live.store(false, Ordering::Release);
         let close = channel.close(200, "handing over".into());
         // Where the channel is closed already this fails at once, which is as good.
         let _ = tokio::time::timeout(Duration::from_secs(5), close).await;
+        // Only now: a consumer that is dropped is cancelled, and a cancel before the close would start the next consumer
+        // with what comes after our unacked deliveries.
+        drop(consumer);
         // The pipeline may have ended before us.
         let _ = self.news.send(News::Ended(epoch.number));
         why
     }
 
-    async fn exchange(&mut self, channel: &Channel, mut consumer: Consumer, epoch: &Arc<Epoch>) -> String {
+    async fn exchange(&mut self, channel: &Channel, consumer: &mut Consumer, epoch: &Arc<Epoch>) -> String {
         loop {
             let phase = *self.phase.borrow_and_update();
             let waits = epoch.ledger().wants_flush();

@@ -222,7 +222,10 @@ mod tests {
         is_dead(",\"status\":\"done\",\"emit\":{}", "'emit' is not a list");
         is_dead(",\"status\":\"done\",\"emit\":[{\"type\":\"a\"},{}]", "emit[1]: the attribute 'type' is missing");
         is_dead(",\"status\":\"done\",\"emit\":[5]", "emit[0]: ");
-        is_dead(",\"status\":\"done\",\"result\":{\"a\":1,\"a\":2}", "result: ambiguous: an object names a member twice");
+        is_dead(
+            ",\"status\":\"done\",\"result\":{\"a\":1,\"a\":2}",
+            "result: ambiguous: an object names a member twice",
+        );
         is_dead(&format!(",\"status\":\"done\",\"result\":{}1{}", "[".repeat(5000), "]".repeat(5000)), "nested deeper");
         is_dead(",\"status\":\"done\",\"result\":1e999", "result: ");
         is_dead(",\"status\":\"done\",\"status\":\"dead\"", "it has a member twice");

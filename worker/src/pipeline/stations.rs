@@ -140,7 +140,16 @@ impl Pipeline {
         metrics::count_by(names::DEAD, "reason", reason, 1);
         let (id, kind, key) = match job.event() {
             Some(event) => (event.id(), event.kind(), event.key()),
-            None => ("", "", "".into()),
+            // What could not be read may still have brought a message id.
+            None => match &job.content {
+                Content::Message(message) => {
+                    let (message, _) = message.as_ref();
+                    let id = message.message_id.as_deref().unwrap_or_default();
+                    let key = message.correlation_id.as_deref().unwrap_or_default();
+                    (id, message.routing_key.as_str(), key.into())
+                }
+                Content::Event { .. } => ("", "", "".into()),
+            },
         };
         let error: String = error.chars().take(200).collect();
         tracing::warn!(id, r#type = kind, %key, reason, attempts, error, "dead-lettered event '{id}': {reason}");
