@@ -2,16 +2,11 @@
 //!
 //! Letters are taken unacked and go back in order when the channel closes; only what was replayed (and confirmed) or
 //! dropped is acked.
-use crate::consumer::Proof;
-use anyhow::{Context, bail};
-use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
+use crate::pile::Pile;
+use anyhow::bail;
 use std::collections::{BTreeMap, HashSet};
-use std::time::Duration;
 use warren_publisher::publish::{Options, Refused};
-use warren_publisher::{Broker, BrokerError, Publisher, codec};
-use warren_shared::acks::{Ledger, Span};
+use warren_publisher::{Broker, Confirmed, Publisher};
 use warren_shared::dead::{PREFIX, revive};
 use warren_shared::env::Settings;
 use warren_shared::event::Value;
@@ -65,10 +60,10 @@ pub enum Treatment {
     Drop,
 }
 
-/// No letter for so long: that was the last.
-const IDLE: Duration = Duration::from_millis(1000);
-/// How long a letter that the broker has counted may be on its way.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// A letter that may be acked: its tag, and the proof of its copy.
+type Finished = (u64, Letter, Option<Confirmed>);
+
+/// Letters that are treated at once.
 const CHUNK: usize = 256;
 
 impl Filter {
@@ -137,8 +132,9 @@ impl Dead {
         mut show: impl FnMut(Letter, Message) -> anyhow::Result<()> + Send,
     ) -> anyhow::Result<()> {
         let link = self.broker.connect_within("dead", self.settings.connect_timeout).await?;
-        let mut pile = self.open(&link).await?;
-        while let Some((_, letter, message)) = pile.next().await? {
+        let mut pile = Pile::open(&link, &self.topology.dead()).await?;
+        while let Some((_, message)) = pile.next().await? {
+            let letter = Letter::of(&message);
             if filter.takes(&letter) {
                 show(letter, message)?;
             }
@@ -159,19 +155,22 @@ impl Dead {
         let publishing = self.broker.connect_within("replay", self.settings.connect_timeout).await?;
         let options = Options { timeout: self.settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(self.broker.clone(), publishing, options);
-        let mut pile = self.open(&link).await?;
+        let mut pile = Pile::open(&link, &self.topology.dead()).await?;
         let (mut done, mut treated) = (BTreeMap::new(), HashSet::new());
         let mut chunk = Vec::new();
         loop {
-            let next = pile.next().await?;
+            let next = pile.next().await?.map(|(tag, message)| (tag, Letter::of(&message), message));
             let last = next.is_none();
             // The worker's clock may be ahead of ours: what lay there at the beginning is meant in any case.
-            let meant = |letter: &Letter| pile.seen <= pile.ready || letter.at <= until;
+            let meant = |letter: &Letter| pile.is_old() || letter.at <= until;
             chunk.extend(next.filter(|(_, letter, _)| filter.takes(letter) && meant(letter)));
             if chunk.len() >= CHUNK || last {
                 let (finished, refused) = self.finish(&publisher, std::mem::take(&mut chunk), treatment).await;
-                for (tag, letter) in finished {
-                    pile.ledger.settle(tag);
+                for (tag, letter, copy) in finished {
+                    match copy {
+                        Some(confirmed) => pile.settle(tag, confirmed),
+                        None => pile.discard(tag),
+                    }
                     treated.insert(letter.mark());
                     *done.entry(letter.reason).or_default() += 1;
                 }
@@ -194,15 +193,16 @@ impl Dead {
     /// their channel ends.
     async fn sweep(&self, link: &warren_publisher::Link, treated: &HashSet<String>) -> anyhow::Result<()> {
         for _ in 0..10 {
-            let mut pile = self.open(link).await?;
+            let mut pile = Pile::open(link, &self.topology.dead()).await?;
             let mut back = 0;
-            while let Some((tag, letter, _)) = pile.next().await? {
+            while let Some((tag, message)) = pile.next().await? {
+                let letter = Letter::of(&message);
                 // A letter without a time cannot be told from its copies: it stays, rather than be lost.
                 if !letter.at.is_empty() && treated.contains(&letter.mark()) {
                     back += 1;
-                    pile.ledger.settle(tag);
+                    pile.discard(tag);
                 }
-                if pile.seen % CHUNK == 0 {
+                if pile.seen() % CHUNK == 0 {
                     pile.flush().await?;
                 }
             }
@@ -216,15 +216,15 @@ impl Dead {
         Ok(())
     }
 
-    /// Letters that may be acked now, and why the next one may not.
+    /// Letters that may be acked now, each with the proof of its copy where it has one, and why the next one may not.
     async fn finish(
         &self,
         publisher: &Publisher,
         chunk: Vec<(u64, Letter, Message)>,
         treatment: Treatment,
-    ) -> (Vec<(u64, Letter)>, Option<Refused>) {
+    ) -> (Vec<Finished>, Option<Refused>) {
         if treatment == Treatment::Drop {
-            return (chunk.into_iter().map(|(tag, letter, _)| (tag, letter)).collect(), None);
+            return (chunk.into_iter().map(|(tag, letter, _)| (tag, letter, None)).collect(), None);
         }
         let (mut letters, mut messages) = (Vec::new(), Vec::new());
         for (tag, letter, message) in chunk {
@@ -232,80 +232,14 @@ impl Dead {
             messages.push(revive(message, &self.topology.door()));
         }
         let mut finished = Vec::new();
-        for (letter, outcome) in letters.into_iter().zip(publisher.publish_all(messages).await) {
+        for ((tag, letter), outcome) in letters.into_iter().zip(publisher.publish_all(messages).await) {
             match outcome {
-                Ok(confirmed) => {
-                    let _proof = Proof::Confirmed(confirmed);
-                    finished.push(letter);
-                }
+                Ok(confirmed) => finished.push((tag, letter, Some(confirmed))),
                 // In order: what comes after a refused one stays with it.
                 Err(refused) => return (finished, Some(refused)),
             }
         }
         (finished, None)
-    }
-
-    async fn open(&self, link: &warren_publisher::Link) -> anyhow::Result<Pile> {
-        let lost = |e: lapin::Error| BrokerError::lost(&e);
-        let channel = link.connection().create_channel().await.map_err(lost)?;
-        let queue = self.topology.dead();
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
-        let found = found.map_err(lost).with_context(|| {
-            format!("the queue '{queue}' cannot be read: is WARREN_POOL right, and its topology declared?")
-        })?;
-        let ready = usize::try_from(found.message_count()).unwrap_or(usize::MAX);
-        let options = BasicConsumeOptions::default();
-        let letters = channel.basic_consume(queue.as_str().into(), "".into(), options, FieldTable::default()).await;
-        let letters = letters.map_err(lost).with_context(|| format!("the queue '{queue}' cannot be read"))?;
-        Ok(Pile { channel, letters, ready, seen: 0, ledger: Ledger::default() })
-    }
-}
-
-/// The letters of one look: each is ours until it is acked or the channel closes.
-struct Pile {
-    channel: lapin::Channel,
-    letters: lapin::Consumer,
-    /// How many lay there at the beginning.
-    ready: usize,
-    seen: usize,
-    ledger: Ledger,
-}
-
-impl Pile {
-    /// The next letter; none after the last.
-    async fn next(&mut self) -> anyhow::Result<Option<(u64, Letter, Message)>> {
-        // Beyond what was counted come those that another look has only just returned.
-        let patience = if self.seen < self.ready { PATIENCE } else { IDLE };
-        let delivery = match tokio::time::timeout(patience, self.letters.next()).await {
-            Ok(Some(delivery)) => delivery.map_err(|e| BrokerError::lost(&e))?,
-            _ if self.seen < self.ready => bail!(
-                "the broker counted {} letters and delivered {}: does another command read them? Try again",
-                self.ready,
-                self.seen
-            ),
-            _ => return Ok(None),
-        };
-        self.seen += 1;
-        let tag = delivery.delivery_tag;
-        self.ledger.open(tag);
-        let message = codec::read(delivery);
-        Ok(Some((tag, Letter::of(&message), message)))
-    }
-
-    /// Acks what is settled, runs of letters at once.
-    async fn flush(&mut self) -> anyhow::Result<()> {
-        while self.ledger.wants_flush() {
-            for ack in self.ledger.flush() {
-                let options = BasicAckOptions { multiple: ack.span == Span::UpTo };
-                self.channel.basic_ack(ack.tag, options).await.map_err(|e| BrokerError::lost(&e))?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn close(self) {
-        let _ = self.channel.close(200, "done".into()).await;
     }
 }
 

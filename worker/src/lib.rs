@@ -25,6 +25,7 @@ pub mod handler;
 mod job;
 pub mod metrics;
 pub mod outbox;
+mod pile;
 pub mod pipeline;
 pub mod shutdown;
 pub mod store;
