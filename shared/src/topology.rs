@@ -62,6 +62,16 @@ pub enum Argument {
     Flag(bool),
 }
 
+impl std::fmt::Display for Argument {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Text(text) => f.write_str(text),
+            Self::Int(i) => write!(f, "{i}"),
+            Self::Flag(flag) => write!(f, "{flag}"),
+        }
+    }
+}
+
 /// Arguments by name.
 pub type Arguments = Vec<(&'static str, Argument)>;
 

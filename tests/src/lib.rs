@@ -3,6 +3,7 @@
 //! Each test has a vhost, a store and a directory of its own (under `target/`), so tests run side by side. Processes
 //! end with the test, by their own pids.
 pub mod broker;
+pub mod exchange;
 pub mod foreign;
 pub mod frames;
 pub mod lab;
@@ -12,6 +13,7 @@ pub mod proxy;
 pub mod raw;
 
 pub use broker::Rabbit;
+pub use exchange::{exchange, ids};
 pub use lab::{Lab, event, events, until};
 pub use ledger::{Ledger, Sink};
 pub use process::Process;

@@ -223,7 +223,7 @@ async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::
             Declaration::Queue { name, .. } => format!("queue    {name}"),
             Declaration::Binding { source, destination, key, arguments } => {
                 let by = match arguments.last() {
-                    Some((name, value)) => format!("{name} = {value:?}"),
+                    Some((name, value)) => format!("{name} = {value}"),
                     None => key.clone(),
                 };
                 format!("{source} -> {} ({by})", destination.name())

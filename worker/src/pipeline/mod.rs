@@ -1,6 +1,6 @@
 //! The one loop: news in, the law's decision, effects out. The only file that orders effects.
 //!
-//! Everything that waits (store, broker, handlers, clocks) runs in tasks of its own and comes back as [`News`]; the
+//! Everything that waits (store, broker, handlers, clocks) runs in tasks of its own and comes back as `News`; the
 //! loop itself never waits. Work for the store and the broker gathers at stations while their last batch is under
 //! way, so batches grow with the load and an idle worker answers at once.
 mod ending;
