@@ -88,3 +88,49 @@ impl Handler for Rust {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use warren_shared::Limits;
+
+    async fn outcome<F, Fut>(function: F) -> Outcome
+    where
+        F: Fn(Event, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        let event = Arc::new(Event::new("1", "/tests", "a.b").expect("valid"));
+        let context = Context { timeout: Duration::from_millis(50), pool: "p".into(), limits: Limits::default() };
+        Rust::new(function).handle(Call { event, attempt: 1, context }).await
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_that_is_tried_again() {
+        let inside = outcome(|_, _| async { panic!("in the future") }).await;
+        assert!(matches!(inside, Outcome::Retry { error, .. } if error == "the handler panicked: in the future"));
+        let before = outcome(|event, _| {
+            assert!(event.id() != "1", "before there is a future of {}", event.id());
+            std::future::ready(Ok(Reply::done()))
+        });
+        assert!(
+            matches!(before.await, Outcome::Retry { error, .. } if error.contains("before there is a future of 1"))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_hang_ends_at_the_timeout() {
+        let hung = outcome(|_, _| std::future::pending()).await;
+        assert!(matches!(hung, Outcome::Retry { error, .. } if error == "no answer within 50ms"));
+    }
+
+    #[tokio::test]
+    async fn failures_say_whether_and_when_to_try_again() {
+        let failed = outcome(|_, _| async { Ok::<_, Failure>("x".parse::<u8>().map(|_| Reply::done())?) }).await;
+        assert!(matches!(failed, Outcome::Retry { after: None, .. }));
+        let wait = Duration::from_secs(9);
+        let later = outcome(move |_, _| async move { Err(Failure::retry_after("busy", wait)) }).await;
+        assert!(matches!(later, Outcome::Retry { after: Some(after), .. } if after == wait));
+        let dead = outcome(|_, _| async { Err(Failure::dead("no such order")) }).await;
+        assert!(matches!(dead, Outcome::Dead { error } if error == "no such order"));
+    }
+}
