@@ -73,14 +73,23 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     {
+        self.call(move |connection| {
+            let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let value = work(&tx)?;
+            tx.commit().map(|()| value)
+        })
+    }
+
+    /// Runs work on the store's thread.
+    fn call<T, F>(&self, work: F) -> Reply<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
         let (tell, answer) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let result = connection
-                .transaction_with_behavior(TransactionBehavior::Immediate)
-                .and_then(|tx| work(&tx).and_then(|value| tx.commit().map(|()| value)))
-                .map_err(|e| StoreError::Unavailable(e.to_string()));
             // The caller may have been dropped by a drain.
-            let _ = tell.send(result);
+            let _ = tell.send(work(connection).map_err(|e| StoreError::Unavailable(e.to_string())));
         });
         let sent = self.jobs.send(job);
         Box::pin(async move {
@@ -188,20 +197,10 @@ fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
 
 impl Store for Sqlite {
     fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>> {
-        let (tell, answer) = oneshot::channel();
-        // A read: no transaction, so that it never waits for another process that writes.
-        let job: Job = Box::new(move |connection| {
-            let read = || -> rusqlite::Result<Vec<Option<Committed>>> {
-                let tx = connection.unchecked_transaction()?;
-                asked.iter().map(|seen| Ok(known(&tx, seen)?.then_some(Committed(())))).collect()
-            };
-            let _ = tell.send(read().map_err(|e| StoreError::Unavailable(e.to_string())));
-        });
-        let sent = self.jobs.send(job);
-        Box::pin(async move {
-            let gone = || StoreError::Unavailable("its thread has ended".into());
-            sent.map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())?
+        // A read: no write lock, so that it never waits for another process that writes.
+        self.call(move |connection| {
+            let tx = connection.unchecked_transaction()?;
+            asked.iter().map(|seen| Ok(known(&tx, seen)?.then_some(Committed(())))).collect()
         })
     }
 
