@@ -1,7 +1,7 @@
 //! What both binaries do before and after their work: environment, log, exit code.
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use warren_shared::env::{LogFormat, Mistake, Reader, Settings, unknown};
+use warren_shared::env::{LogFormat, Mistake, Reader, Settings, VARIABLES, unknown};
 
 /// Exit codes by sysexits(3): scripts rely on them.
 pub mod exit {
@@ -49,7 +49,10 @@ fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
 /// # Errors
 /// The exit code for a wrong configuration.
 pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
-    let read = environment().and_then(|map| Settings::read(&map).map(|settings| (map, settings)));
+    let read = environment().and_then(|mut map| {
+        keep_own(&mut map, reader);
+        Settings::read(&map).map(|settings| (map, settings))
+    });
     match read {
         Ok((map, settings)) => {
             log(&settings);
@@ -59,9 +62,6 @@ pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
             Ok(settings)
         }
         Err(mistakes) => {
-            // A publisher does not fail over a variable that only the worker reads.
-            let concerns = |m: &&Mistake| reader == Reader::Worker || !is_workers(&m.variable);
-            let mistakes: Vec<&Mistake> = mistakes.iter().filter(concerns).collect();
             eprintln!("the configuration has {}:", count(mistakes.len(), "mistake"));
             for mistake in mistakes {
                 eprintln!("  {mistake}");
@@ -72,8 +72,10 @@ pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
     }
 }
 
-fn is_workers(name: &str) -> bool {
-    warren_shared::env::VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker)
+/// A publisher does not fail over a variable that only the worker reads.
+fn keep_own(map: &mut BTreeMap<String, String>, reader: Reader) {
+    let workers = |name: &str| VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker);
+    map.retain(|name, _| reader == Reader::Worker || !workers(name));
 }
 
 /// Runs a command on a runtime of its own.
@@ -159,4 +161,20 @@ fn log(settings: &Settings) {
             builder.with_target(false).with_ansi(ansi).try_init()
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_publisher_does_not_fail_over_what_only_the_worker_reads() {
+        let read = |reader, name: &str| {
+            let mut map = BTreeMap::from([(name.to_owned(), "wrong".to_owned())]);
+            keep_own(&mut map, reader);
+            Settings::read(&map).is_ok()
+        };
+        assert!(read(Reader::Both, "WARREN_LANES") && !read(Reader::Worker, "WARREN_LANES"));
+        assert!(!read(Reader::Both, "WARREN_PUBLISH_TIMEOUT"));
+    }
 }
