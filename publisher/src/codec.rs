@@ -32,6 +32,12 @@ const PROPERTIES: usize = 2048;
 /// `delivery_mode`: on disk.
 const PERSISTENT: u8 = 2;
 
+/// A delivery's message as values, without its body.
+#[must_use]
+pub fn envelope(delivery: &Delivery) -> Message {
+    from_parts(delivery.exchange.as_str(), delivery.routing_key.as_str(), &delivery.properties, Vec::new())
+}
+
 /// A delivery's message as values. Deeply nested headers are measured, not followed by recursion.
 #[must_use]
 pub fn read(delivery: Delivery) -> Message {

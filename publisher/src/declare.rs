@@ -1,6 +1,7 @@
 //! Declarations on a real broker: compared first, made second, so that a mismatch changes nothing.
 use crate::broker::{BrokerError, Link, describe};
 use crate::codec::arguments;
+use futures_util::future::join_all;
 use lapin::options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::types::{FieldTable, ShortString};
@@ -73,6 +74,14 @@ pub async fn inspect(link: &Link, declarations: &[Declaration]) -> Result<Vec<Fo
 /// # Errors
 /// What is in the way, or why the broker refuses.
 pub async fn apply(link: &Link, declarations: &[Declaration]) -> Result<(), DeclareError> {
+    let (bindings, names): (Vec<_>, Vec<_>) = declarations.iter().partition(|d| name(d).is_none());
+    // The usual start: all of it is there, as it should be. Nothing is made before that is known.
+    if agrees(link, &names, Mode::Passive).await?
+        && agrees(link, &names, Mode::Active).await?
+        && agrees(link, &bindings, Mode::Active).await?
+    {
+        return Ok(());
+    }
     let found = inspect(link, declarations).await?;
     refuse_different(&found)?;
     for (declaration, found) in declarations.iter().zip(&found) {
@@ -94,6 +103,9 @@ pub async fn apply(link: &Link, declarations: &[Declaration]) -> Result<(), Decl
 /// # Errors
 /// What is missing or different.
 pub async fn check(link: &Link, declarations: &[Declaration]) -> Result<(), DeclareError> {
+    if agrees(link, &declarations.iter().collect::<Vec<_>>(), Mode::Passive).await? {
+        return Ok(());
+    }
     let mut scout = Scout { link, channel: None };
     let mut missing = Vec::new();
     for declaration in declarations {
@@ -105,6 +117,13 @@ pub async fn check(link: &Link, declarations: &[Declaration]) -> Result<(), Decl
         }
     }
     if missing.is_empty() { Ok(()) } else { Err(DeclareError::Missing(missing)) }
+}
+
+/// Asks for all in one go. False where the broker objects to any of them; asking one by one tells to which.
+async fn agrees(link: &Link, declarations: &[&Declaration], mode: Mode) -> Result<bool, DeclareError> {
+    let channel = link.connection().create_channel().await.map_err(|e| BrokerError::lost(&e))?;
+    let answers = join_all(declarations.iter().map(|declaration| ask(&channel, declaration, mode))).await;
+    Ok(answers.iter().all(Result::is_ok))
 }
 
 fn refuse_different(found: &[Found]) -> Result<(), DeclareError> {

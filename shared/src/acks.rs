@@ -1,8 +1,8 @@
 //! The ack ledger: turns completions in any order into the fewest acks.
 //!
 //! Law: a tag is acked once, only after it was settled, and `multiple` never covers a tag that is not settled. A
-//! delivery that is stuck holds nobody: what settled behind it is acked alone once it has waited one flush.
-use std::collections::BTreeMap;
+//! delivery that is stuck holds nobody: what settled behind it is acked alone once it has waited one sweep.
+use std::collections::VecDeque;
 
 /// One `basic.ack`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,28 +26,41 @@ pub enum Span {
 enum Entry {
     Open,
     Settled,
-    /// Settled, and left over by a flush before.
+    /// Settled, and left over by a sweep before.
     Waiting,
 }
 
 /// The tags of one channel that are not acked.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    entries: BTreeMap<u64, Entry>,
+    /// Ascending, mostly without gaps.
+    entries: VecDeque<(u64, Entry)>,
     settled: usize,
 }
 
 impl Ledger {
-    /// The broker handed over this tag.
+    /// The broker handed over this tag. A channel's tags ascend; one that does not is no delivery.
     pub fn open(&mut self, tag: u64) {
-        self.entries.insert(tag, Entry::Open);
+        if self.entries.back().is_none_or(|(last, _)| *last < tag) {
+            self.entries.push_back((tag, Entry::Open));
+        }
     }
 
     /// The tag may be acked. Settling twice, or a tag of no delivery, changes nothing.
     pub fn settle(&mut self, tag: u64) {
-        if let Some(entry @ Entry::Open) = self.entries.get_mut(&tag) {
+        let place = self.place(tag);
+        if let Some((_, entry @ Entry::Open)) = place.and_then(|place| self.entries.get_mut(place)) {
             *entry = Entry::Settled;
             self.settled += 1;
+        }
+    }
+
+    fn place(&self, tag: u64) -> Option<usize> {
+        let (first, _) = self.entries.front()?;
+        let guess = usize::try_from(tag.checked_sub(*first)?).ok()?;
+        match self.entries.get(guess) {
+            Some((found, _)) if *found == tag => Some(guess),
+            _ => self.entries.binary_search_by_key(&tag, |(tag, _)| *tag).ok(),
         }
     }
 
@@ -57,30 +70,27 @@ impl Ledger {
         self.entries.len() - self.settled
     }
 
-    /// Whether something settled waits for an ack: flush again soon.
+    /// Deliveries that are settled and not yet acked.
     #[must_use]
-    pub fn wants_flush(&self) -> bool {
-        self.settled > 0
+    pub fn unacked(&self) -> usize {
+        self.settled
     }
 
-    /// The acks to send now.
-    pub fn flush(&mut self) -> Vec<Ack> {
-        let mut acks = Vec::new();
-        if self.settled == 0 {
-            return acks;
-        }
+    /// One ack for everything that is settled before the first that is not.
+    pub fn flush(&mut self) -> Option<Ack> {
         let mut prefix = None;
-        while let Some(first) = self.entries.first_entry() {
-            if *first.get() == Entry::Open {
-                break;
-            }
-            prefix = Some(*first.key());
-            first.remove();
+        while let Some((tag, _)) = self.entries.pop_front_if(|(_, entry)| *entry != Entry::Open) {
+            prefix = Some(Ack { tag, span: Span::UpTo });
             self.settled -= 1;
         }
-        acks.extend(prefix.map(|tag| Ack { tag, span: Span::UpTo }));
+        prefix
+    }
+
+    /// That, and an ack for each that was left over by the sweep before.
+    pub fn sweep(&mut self) -> Vec<Ack> {
+        let mut acks = Vec::from_iter(self.flush());
         if self.settled > 0 {
-            self.entries.retain(|tag, entry| match entry {
+            self.entries.retain_mut(|(tag, entry)| match entry {
                 Entry::Open => true,
                 Entry::Settled => {
                     *entry = Entry::Waiting;
@@ -118,30 +128,38 @@ mod tests {
 
     proptest! {
         #[test]
-        fn acks_all_and_only_what_is_settled(order in Just((1_u64..120).collect::<Vec<_>>()).prop_shuffle(), flushes in prop::collection::vec(any::<bool>(), 119), stuck in 1_u64..120) {
+        fn acks_all_and_only_what_is_settled(
+            order in Just((1_u64..120).collect::<Vec<_>>()).prop_shuffle(),
+            steps in prop::collection::vec(0_u8..3, 119),
+            stuck in 1_u64..120,
+        ) {
             let mut ledger = Ledger::default();
             let mut unacked: BTreeSet<u64> = (1..120).collect();
             let mut settled = BTreeSet::new();
             unacked.iter().for_each(|tag| ledger.open(*tag));
-            for (tag, flush) in order.into_iter().zip(flushes) {
+            for (tag, step) in order.into_iter().zip(steps) {
                 if tag == stuck {
                     continue;
                 }
                 ledger.settle(tag);
                 ledger.settle(tag);
                 settled.insert(tag);
-                if flush {
-                    ledger.flush().into_iter().for_each(|ack| apply(&mut unacked, &settled, ack));
-                }
+                let acks = match step {
+                    0 => vec![],
+                    1 => Vec::from_iter(ledger.flush()),
+                    _ => ledger.sweep(),
+                };
+                acks.into_iter().for_each(|ack| apply(&mut unacked, &settled, ack));
+                prop_assert_eq!(ledger.unacked() + ledger.unsettled(), unacked.len());
             }
             for _ in 0..2 {
-                ledger.flush().into_iter().for_each(|ack| apply(&mut unacked, &settled, ack));
+                ledger.sweep().into_iter().for_each(|ack| apply(&mut unacked, &settled, ack));
             }
             prop_assert_eq!(unacked, BTreeSet::from([stuck]));
-            prop_assert!(!ledger.wants_flush());
-            prop_assert_eq!(ledger.unsettled(), 1);
+            prop_assert_eq!((ledger.unacked(), ledger.unsettled()), (0, 1));
             ledger.settle(stuck);
-            prop_assert_eq!(ledger.flush(), vec![Ack { tag: stuck, span: Span::UpTo }]);
+            prop_assert_eq!(ledger.flush(), Some(Ack { tag: stuck, span: Span::UpTo }));
+            prop_assert_eq!(ledger.flush(), None);
         }
     }
 
@@ -150,6 +168,25 @@ mod tests {
         let mut ledger = Ledger::default();
         (1..=256).for_each(|tag| ledger.open(tag));
         (1..=256).rev().for_each(|tag| ledger.settle(tag));
-        assert_eq!(ledger.flush(), vec![Ack { tag: 256, span: Span::UpTo }]);
+        assert_eq!(ledger.flush(), Some(Ack { tag: 256, span: Span::UpTo }));
+        assert_eq!((ledger.unacked(), ledger.unsettled()), (0, 0));
+    }
+
+    #[test]
+    fn tags_that_were_never_handed_over_are_never_acked() {
+        let mut ledger = Ledger::default();
+        ledger.settle(1);
+        ledger.open(5);
+        ledger.open(8);
+        ledger.open(7);
+        for tag in [4, 6, 7, 8, 9] {
+            ledger.settle(tag);
+        }
+        assert_eq!((ledger.sweep(), ledger.sweep()), (vec![], vec![Ack { tag: 8, span: Span::One }]));
+        ledger.settle(5);
+        assert_eq!(ledger.flush(), Some(Ack { tag: 5, span: Span::UpTo }));
+        ledger.open(9);
+        ledger.settle(9);
+        assert_eq!(ledger.flush(), Some(Ack { tag: 9, span: Span::UpTo }));
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! Source: CloudEvents 1.0.2 with the extensions `partitionkey`, `sequence` and `traceparent`. An `Event` that exists
 //! is valid: every attribute fits where AMQP must carry it, so nothing downstream checks again.
-use crate::json::{self, JsonError};
+use crate::json::{self, Json, JsonError};
 use serde::Deserialize;
-use serde_json::value::RawValue;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// How large and how deep an event may be.
@@ -106,8 +106,8 @@ impl std::fmt::Display for Value {
 /// An event's payload.
 #[derive(Clone, Debug)]
 pub enum Data {
-    /// JSON, checked and left unparsed: most routes do not look inside.
-    Json(Box<RawValue>),
+    /// JSON.
+    Json(Json),
     /// Text of a type that is not JSON.
     Text(String),
     /// Anything else.
@@ -151,6 +151,18 @@ impl Identity {
         self.0.as_bytes()
     }
 
+    /// The identity that a store kept.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
+    /// Its halves.
+    #[must_use]
+    pub fn as_u64s(&self) -> (u64, u64) {
+        self.0.as_u64_pair()
+    }
+
     /// An id that is the same whenever the same thing is derived from the same event.
     #[must_use]
     pub fn derive(&self, what: &str) -> String {
@@ -164,9 +176,12 @@ impl std::fmt::Debug for Identity {
     }
 }
 
-/// An event that is valid.
+/// An event that is valid. Cheap to clone: clones share what they hold.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Event {
+pub struct Event(pub(crate) Arc<Attributes>);
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Attributes {
     pub(crate) id: String,
     pub(crate) source: String,
     pub(crate) kind: String,
@@ -197,7 +212,7 @@ impl Event {
         text("id", &id, SHORT)?;
         text("source", &source, LONG)?;
         text("type", &kind, SHORT)?;
-        Ok(Self {
+        Ok(Self(Arc::new(Attributes {
             id,
             source,
             kind,
@@ -208,7 +223,12 @@ impl Event {
             extensions: BTreeMap::new(),
             weight: 0,
             data: None,
-        })
+        })))
+    }
+
+    /// Its attributes, to be changed: of the last clone in place, of others in a copy.
+    pub(crate) fn edit(&mut self) -> &mut Attributes {
+        Arc::make_mut(&mut self.0)
     }
 
     /// The same event with one more attribute, by its CloudEvents name.
@@ -225,21 +245,26 @@ impl Event {
     /// # Errors
     /// Says where the text is not JSON.
     pub fn with_json(mut self, json: &[u8], limits: Limits) -> Result<Self, Unreadable> {
-        self.data = Some(Data::Json(json::check(json, limits.depth)?));
-        self.content_type.get_or_insert_with(|| "application/json".into());
+        let data = Data::Json(json::check(json, limits.depth)?);
+        let attributes = self.edit();
+        attributes.data = Some(data);
+        attributes.content_type.get_or_insert_with(|| "application/json".into());
         Ok(self)
     }
 
     pub(crate) fn set(&mut self, name: &str, value: Value) -> Result<(), Unreadable> {
         let plain = |value: Value, max| {
-            let value = value.to_string();
+            let value = match value {
+                Value::Text(text) => text,
+                other => other.to_string(),
+            };
             text(name, &value, max).map(|()| value)
         };
         match name {
             "id" | "source" | "type" | "specversion" | "data" | "data_base64" => {
                 return Err(attribute(name, "is not an extension"));
             }
-            "subject" => self.subject = Some(plain(value, LONG)?),
+            "subject" => self.edit().subject = Some(plain(value, LONG)?),
             "datacontenttype" => {
                 let content_type = plain(value, SHORT)?;
                 if is_event(&content_type) {
@@ -248,15 +273,15 @@ impl Event {
                         "is that of an event, which data cannot be: AMQP could not tell them apart",
                     ));
                 }
-                self.content_type = Some(content_type);
+                self.edit().content_type = Some(content_type);
             }
-            "dataschema" => self.schema = Some(plain(value, LONG)?),
+            "dataschema" => self.edit().schema = Some(plain(value, LONG)?),
             "time" => {
                 let time = plain(value, SHORT)?;
                 if !is_rfc3339(&time) {
                     return Err(attribute(name, "is not an RFC 3339 time"));
                 }
-                self.time = Some(time);
+                self.edit().time = Some(time);
             }
             "partitionkey" => {
                 let key = plain(value, SHORT)?;
@@ -287,61 +312,62 @@ impl Event {
     fn extend(&mut self, name: &str, value: Value) -> Result<(), Unreadable> {
         // With room for what a header costs beside name and text: the prefix, the lengths, the type.
         let cost = |value: &Value| 20 + name.len() + if let Value::Text(text) = value { text.len() } else { 8 };
-        let weight = self.weight + cost(&value) - self.extensions.get(name).map_or(0, cost);
+        let weight = self.0.weight + cost(&value) - self.0.extensions.get(name).map_or(0, cost);
         if weight > HEADERS {
             return Err(attribute("extensions", &format!("have {weight} bytes together, the limit is {HEADERS}")));
         }
-        self.weight = weight;
-        self.extensions.insert(name.into(), value);
+        let attributes = self.edit();
+        attributes.weight = weight;
+        attributes.extensions.insert(name.into(), value);
         Ok(())
     }
 
     /// `id`.
     #[must_use]
     pub fn id(&self) -> &str {
-        &self.id
+        &self.0.id
     }
 
     /// `source`.
     #[must_use]
     pub fn source(&self) -> &str {
-        &self.source
+        &self.0.source
     }
 
     /// `type`, which is also the routing key.
     #[must_use]
     pub fn kind(&self) -> &str {
-        &self.kind
+        &self.0.kind
     }
 
     /// `subject`.
     #[must_use]
     pub fn subject(&self) -> Option<&str> {
-        self.subject.as_deref()
+        self.0.subject.as_deref()
     }
 
     /// `time`, RFC 3339.
     #[must_use]
     pub fn time(&self) -> Option<&str> {
-        self.time.as_deref()
+        self.0.time.as_deref()
     }
 
     /// `datacontenttype`.
     #[must_use]
     pub fn content_type(&self) -> Option<&str> {
-        self.content_type.as_deref()
+        self.0.content_type.as_deref()
     }
 
     /// An extension attribute.
     #[must_use]
     pub fn extension(&self, name: &str) -> Option<&Value> {
-        self.extensions.get(name)
+        self.0.extensions.get(name)
     }
 
     /// The payload.
     #[must_use]
     pub fn data(&self) -> Option<&Data> {
-        self.data.as_ref()
+        self.0.data.as_ref()
     }
 
     /// The payload as a value of a Rust type.
@@ -349,7 +375,7 @@ impl Event {
     /// # Errors
     /// The payload is absent, not JSON, or of another shape.
     pub fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, serde_json::Error> {
-        match &self.data {
+        match &self.0.data {
             Some(Data::Json(raw)) => serde_json::from_str(raw.get()),
             Some(_) => Err(serde::de::Error::custom("the event's data is not JSON")),
             None => serde_json::from_str("null"),
@@ -359,7 +385,7 @@ impl Event {
     /// What dedupe compares.
     #[must_use]
     pub fn identity(&self) -> Identity {
-        Identity::of(&self.source, &self.id)
+        Identity::of(&self.0.source, &self.0.id)
     }
 
     /// What order is kept for: `partitionkey`, else `subject`, else `id`.
@@ -367,20 +393,20 @@ impl Event {
     /// A subject that no AMQP short string can hold stands for itself by its hash.
     #[must_use]
     pub fn key(&self) -> std::borrow::Cow<'_, str> {
-        if let Some(Value::Text(key)) = self.extensions.get("partitionkey") {
+        if let Some(Value::Text(key)) = self.0.extensions.get("partitionkey") {
             return key.into();
         }
-        match self.subject.as_deref() {
+        match self.0.subject.as_deref() {
             Some(subject) if subject.len() <= SHORT => subject.into(),
             Some(subject) => Uuid::new_v5(&WARREN, subject.as_bytes()).to_string().into(),
-            None => self.id.as_str().into(),
+            None => self.0.id.as_str().into(),
         }
     }
 
     /// The lane that the `priority` extension (0 to 9) asks for.
     #[must_use]
     pub fn lane(&self) -> Option<&'static str> {
-        match self.extensions.get("priority") {
+        match self.0.extensions.get("priority") {
             Some(Value::Int(p)) => Some(crate::lane::for_priority(*p)),
             _ => None,
         }
@@ -394,7 +420,8 @@ pub(crate) fn excerpt(text: &str) -> String {
 
 /// Whether a media type means a whole CloudEvent, or many.
 pub(crate) fn is_event(content_type: &str) -> bool {
-    content_type.trim_start().to_ascii_lowercase().starts_with("application/cloudevents")
+    const FORM: &str = "application/cloudevents";
+    content_type.trim_start().get(..FORM.len()).is_some_and(|start| start.eq_ignore_ascii_case(FORM))
 }
 
 /// jiff alone also takes ISO 8601's other spellings, which other readers of the event would refuse.
@@ -423,6 +450,9 @@ fn text(name: &str, value: &str, max: usize) -> Result<(), Unreadable> {
         Err(attribute(name, "is empty"))
     } else if value.len() > max {
         Err(attribute(name, &format!("has {} bytes, the limit is {max}", value.len())))
+    } else if !value.bytes().any(|byte| byte < b' ' || byte == 0x7f || byte == 0xc2) {
+        // Every control character has one of these bytes.
+        Ok(())
     } else if value.contains(SUBSTITUTE) {
         Err(attribute(name, "holds bytes that are not UTF-8 (each stands as U+001A)"))
     } else if value.chars().any(char::is_control) {

@@ -2,7 +2,6 @@
 //!
 //! `serde_json` alone accepts duplicate keys (the last one wins, silently) and has one fixed depth.
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -33,6 +32,23 @@ pub enum JsonError {
     },
 }
 
+/// A JSON text that was checked whole, and is left unparsed: most routes do not look inside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Json(Box<str>);
+
+impl Json {
+    /// The text, without white space around it.
+    #[must_use]
+    pub fn get(&self) -> &str {
+        &self.0
+    }
+
+    /// A part of a text that was checked whole.
+    pub(crate) fn part_of_checked(text: &str) -> Self {
+        Self(text.into())
+    }
+}
+
 /// serde_json gives up at 128 levels; a configured limit stays below it.
 pub const MAX_DEPTH: usize = 120;
 
@@ -40,7 +56,7 @@ pub const MAX_DEPTH: usize = 120;
 ///
 /// # Errors
 /// Says what is wrong and where; never quotes the text, which may be a secret.
-pub fn check(bytes: &[u8], max_depth: usize) -> Result<Box<RawValue>, JsonError> {
+pub fn check(bytes: &[u8], max_depth: usize) -> Result<Json, JsonError> {
     let text = std::str::from_utf8(bytes).map_err(|e| JsonError::Utf8(e.valid_up_to()))?;
     let max_depth = max_depth.min(MAX_DEPTH);
     let mut parser = serde_json::Deserializer::from_str(text);
@@ -48,7 +64,8 @@ pub fn check(bytes: &[u8], max_depth: usize) -> Result<Box<RawValue>, JsonError>
         .deserialize(&mut parser)
         .and_then(|()| parser.end())
         .map_err(|e| explain(&e, max_depth))?;
-    RawValue::from_string(text.trim().to_owned()).map_err(|e| explain(&e, max_depth))
+
+    Ok(Json(text.trim().into()))
 }
 
 const DEEP: &str = "warren:too-deep";

@@ -2,7 +2,8 @@
 //!
 //! Law: items of one key leave in the order in which they came, and none leaves while another of its key is out.
 //! Every lane with something ready gets its share (stride scheduling); urgency ages, so nothing waits for ever.
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use rustc_hash::FxHashMap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::hash::Hash;
 
 /// What a step of priority is worth, in milliseconds of waiting.
@@ -19,10 +20,24 @@ struct Item<T> {
     value: T,
 }
 
+/// The items of a key. Most keys have one at a time, which needs no queue.
 #[derive(Debug)]
 struct Key<T> {
     out: bool,
-    waiting: VecDeque<Item<T>>,
+    head: Option<Item<T>>,
+    rest: VecDeque<Item<T>>,
+}
+
+impl<T> Key<T> {
+    fn push(&mut self, item: Item<T>) {
+        if self.head.is_none() { self.head = Some(item) } else { self.rest.push_back(item) }
+    }
+
+    fn pop(&mut self) -> Option<Item<T>> {
+        let item = self.head.take()?;
+        self.head = self.rest.pop_front();
+        Some(item)
+    }
 }
 
 /// A key at the head of its lane's queue; least is first.
@@ -38,7 +53,8 @@ struct Lane<K> {
 /// The items that wait, by key and lane.
 #[derive(Debug)]
 pub struct Schedule<K, T> {
-    keys: HashMap<K, Key<T>>,
+    /// Callers choose the keys' values by a hash that nobody outside can steer.
+    keys: FxHashMap<K, Key<T>>,
     lanes: Vec<Lane<K>>,
     /// Breaks ties between items of one millisecond in the order of arrival.
     sequence: u64,
@@ -49,7 +65,7 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
     /// A schedule for lanes of these weights.
     pub fn new(weights: impl IntoIterator<Item = u32>) -> Self {
         let lane = |weight: u32| Lane { stride: SCALE / u64::from(weight.max(1)), pass: 0, ready: BinaryHeap::new() };
-        Self { keys: HashMap::new(), lanes: weights.into_iter().map(lane).collect(), sequence: 0, waiting: 0 }
+        Self { keys: FxHashMap::default(), lanes: weights.into_iter().map(lane).collect(), sequence: 0, waiting: 0 }
     }
 
     /// Items that wait.
@@ -62,9 +78,10 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
     pub fn push(&mut self, key: K, lane: usize, priority: u8, now: u64, value: T) {
         let urgency = now.saturating_add(u64::from(u8::MAX - priority) * PRIORITY_MS);
         self.waiting += 1;
-        let entry = self.keys.entry(key.clone()).or_insert_with(|| Key { out: false, waiting: VecDeque::new() });
-        let ready = !entry.out && entry.waiting.is_empty();
-        entry.waiting.push_back(Item { lane, urgency, value });
+        let fresh = || Key { out: false, head: None, rest: VecDeque::new() };
+        let entry = self.keys.entry(key.clone()).or_insert_with(fresh);
+        let ready = !entry.out && entry.head.is_none();
+        entry.push(Item { lane, urgency, value });
         if ready {
             self.offer(key, lane, urgency);
         }
@@ -80,10 +97,10 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
             let Some(std::cmp::Reverse((_, _, key))) = self.lanes[lane].ready.pop() else { continue };
             let Some(entry) = self.keys.get_mut(&key) else { continue };
             // A key that was emptied, or whose head changed lanes, left a stale place behind.
-            if entry.out || entry.waiting.front().is_none_or(|item| item.lane != lane) {
+            if entry.out || entry.head.as_ref().is_none_or(|item| item.lane != lane) {
                 continue;
             }
-            let Some(item) = entry.waiting.pop_front() else { continue };
+            let Some(item) = entry.pop() else { continue };
             entry.out = true;
             self.waiting -= 1;
             self.lanes[lane].pass += self.lanes[lane].stride;
@@ -99,7 +116,7 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
     pub fn finish(&mut self, key: &K) {
         let Some(entry) = self.keys.get_mut(key) else { return };
         entry.out = false;
-        match entry.waiting.front() {
+        match &entry.head {
             None => {
                 self.keys.remove(key);
             }
@@ -115,19 +132,17 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
         let mut dropped = Vec::new();
         let mut moved = Vec::new();
         self.keys.retain(|key, entry| {
-            let before = entry.waiting.len();
-            let mut kept = VecDeque::with_capacity(before);
-            for item in std::mem::take(&mut entry.waiting) {
-                if drop(&item.value) { dropped.push(item.value) } else { kept.push_back(item) }
+            let before = dropped.len();
+            for item in entry.head.take().into_iter().chain(std::mem::take(&mut entry.rest)) {
+                if drop(&item.value) { dropped.push(item.value) } else { entry.push(item) }
             }
-            entry.waiting = kept;
-            if let Some(head) = entry.waiting.front()
+            if let Some(head) = &entry.head
                 && !entry.out
-                && entry.waiting.len() < before
+                && dropped.len() > before
             {
                 moved.push((key.clone(), head.lane, head.urgency));
             }
-            entry.out || !entry.waiting.is_empty()
+            entry.out || entry.head.is_some()
         });
         self.waiting -= dropped.len();
         for (key, lane, urgency) in moved {
@@ -146,6 +161,7 @@ impl<K: Hash + Eq + Ord + Clone, T> Schedule<K, T> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::HashMap;
 
     #[derive(Clone, Debug)]
     enum Step {

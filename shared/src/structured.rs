@@ -1,6 +1,6 @@
 //! An event as one JSON object: CloudEvents' structured form, the line that `send` reads, the line that `exec` writes.
 use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt};
-use crate::json;
+use crate::json::{self, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::value::RawValue;
@@ -71,8 +71,8 @@ impl Event {
         }
         event.set_data(members, limits)?;
         if let Some(defaults) = defaults {
-            event.time.get_or_insert(defaults.time);
-            if event.subject.is_none() && event.extension("partitionkey").is_none() {
+            event.edit().time.get_or_insert(defaults.time);
+            if event.subject().is_none() && event.extension("partitionkey").is_none() {
                 event.set("partitionkey", Value::Text(defaults.key))?;
             }
             if let (None, Some(trace)) = (event.extension("traceparent"), defaults.trace) {
@@ -93,55 +93,55 @@ impl Event {
             return self.set_body(&bytes.ok_or_else(|| wrong("data_base64", "is not base64"))?, limits);
         }
         // `null` is a JSON value like any other, but neither text nor bytes.
-        let is_json = self.content_type.as_deref().is_none_or(is_json);
+        let is_json = self.0.content_type.as_deref().is_none_or(is_json);
         let data = if is_json { members.get("data") } else { set("data") };
         let data = data.map(|raw| match serde_json::from_str::<String>(raw.get()) {
             Ok(text) if !is_json => Data::Text(text),
-            _ => Data::Json((*raw).to_owned()),
+            _ => Data::Json(Json::part_of_checked(raw.get())),
         });
-        self.data = data.filter(|data| !data.as_bytes().is_empty());
+        self.edit().data = data.filter(|data| !data.as_bytes().is_empty());
         Ok(())
     }
 
     /// The event as one JSON object on one line.
     #[must_use]
     pub fn to_json(&self) -> String {
-        let mut out = String::with_capacity(256 + self.data.as_ref().map_or(0, |d| d.as_bytes().len()));
+        let mut out = String::with_capacity(256 + self.0.data.as_ref().map_or(0, |d| d.as_bytes().len()));
         out.push_str("{\"specversion\":\"1.0\"");
-        let mut member = |name: &str, value: &Value| {
-            out.push_str(",\"");
-            out.push_str(name);
-            out.push_str("\":");
-            match value {
-                Value::Text(text) => out.push_str(&quoted(text)),
-                other => out.push_str(&other.to_string()),
-            }
-        };
-        let mut string = |name: &str, value: Option<&str>| {
+        let string = |out: &mut String, name: &str, value: Option<&str>| {
             if let Some(value) = value {
-                member(name, &Value::Text(value.into()));
+                member(out, name);
+                quote(out, value);
             }
         };
-        string("id", Some(&self.id));
-        string("source", Some(&self.source));
-        string("type", Some(&self.kind));
-        string("subject", self.subject.as_deref());
-        string("time", self.time.as_deref());
-        string("datacontenttype", self.content_type.as_deref());
-        string("dataschema", self.schema.as_deref());
-        for (name, value) in &self.extensions {
-            member(name, value);
+        string(&mut out, "id", Some(&self.0.id));
+        string(&mut out, "source", Some(&self.0.source));
+        string(&mut out, "type", Some(&self.0.kind));
+        string(&mut out, "subject", self.0.subject.as_deref());
+        string(&mut out, "time", self.0.time.as_deref());
+        string(&mut out, "datacontenttype", self.0.content_type.as_deref());
+        string(&mut out, "dataschema", self.0.schema.as_deref());
+        for (name, value) in &self.0.extensions {
+            member(&mut out, name);
+            match value {
+                Value::Text(text) => quote(&mut out, text),
+                Value::Bool(flag) => out.push_str(if *flag { "true" } else { "false" }),
+                Value::Int(int) => out.push_str(&int.to_string()),
+            }
         }
-        match &self.data {
+        match &self.0.data {
             None => {}
             Some(Data::Json(raw)) => {
                 out.push_str(",\"data\":");
                 // Outside strings a line break is white space, inside them it cannot stand.
-                out.extend(raw.get().chars().map(|c| if matches!(c, '\n' | '\r') { ' ' } else { c }));
+                raw.get().split(['\n', '\r']).enumerate().for_each(|(i, line)| {
+                    out.push_str(if i > 0 { " " } else { "" });
+                    out.push_str(line);
+                });
             }
             Some(Data::Text(text)) => {
                 out.push_str(",\"data\":");
-                out.push_str(&quoted(text));
+                quote(&mut out, text);
             }
             Some(Data::Bytes(bytes)) => {
                 out.push_str(",\"data_base64\":\"");
@@ -154,7 +154,7 @@ impl Event {
     }
 }
 
-fn checked(text: &[u8], limits: Limits) -> Result<Box<RawValue>, Unreadable> {
+fn checked(text: &[u8], limits: Limits) -> Result<Json, Unreadable> {
     if text.len() > limits.body {
         return Err(Unreadable::TooLarge { size: text.len(), limit: limits.body });
     }
@@ -162,7 +162,7 @@ fn checked(text: &[u8], limits: Limits) -> Result<Box<RawValue>, Unreadable> {
     Ok(json::check(text, limits.depth.saturating_add(1))?)
 }
 
-fn members(raw: &RawValue) -> Result<Members<'_>, Unreadable> {
+fn members(raw: &Json) -> Result<Members<'_>, Unreadable> {
     serde_json::from_str(raw.get()).map_err(|_| Unreadable::Attribute {
         name: "event".into(),
         problem: "is not a JSON object with plain member names".into(),
@@ -194,10 +194,31 @@ fn scalar(name: &str, raw: &RawValue) -> Result<Option<Value>, Unreadable> {
 
 /// Whether a media type means JSON.
 pub(crate) fn is_json(content_type: &str) -> bool {
-    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    essence == "application/json" || essence == "text/json" || essence.ends_with("+json")
+    const SUFFIX: &str = "+json";
+    let essence = content_type.split(';').next().unwrap_or_default().trim();
+    let end = essence.len().checked_sub(SUFFIX.len()).and_then(|from| essence.get(from..));
+    ["application/json", "text/json"].iter().any(|json| essence.eq_ignore_ascii_case(json))
+        || end.is_some_and(|end| end.eq_ignore_ascii_case(SUFFIX))
 }
 
-fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+fn member(out: &mut String, name: &str) {
+    out.push_str(",\"");
+    out.push_str(name);
+    out.push_str("\":");
+}
+
+/// Appends a JSON string.
+fn quote(out: &mut String, text: &str) {
+    out.push('"');
+    let mut rest = text;
+    while let Some(at) = rest.find(|c: char| c < ' ' || matches!(c, '"' | '\\')) {
+        let (plain, special) = rest.split_at(at);
+        out.push_str(plain);
+        let length = special.chars().next().map_or(0, char::len_utf8);
+        let escaped = serde_json::Value::from(&special[..length]).to_string();
+        out.push_str(&escaped[1..escaped.len() - 1]);
+        rest = &special[length..];
+    }
+    out.push_str(rest);
+    out.push('"');
 }

@@ -2,7 +2,7 @@
 //!
 //! Read: *binary* (attributes as headers), *structured* (the body is the whole event), *plain* (a message of a system
 //! that knows nothing of Warren). Written: binary. The AMQP library's own types stay in `publisher/src/codec.rs`.
-use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt, is_event};
+use crate::event::{Data, Event, Identity, Limits, Unreadable, Value, excerpt, is_event};
 use crate::json;
 use crate::structured::is_json;
 
@@ -59,6 +59,8 @@ pub const REPLAYED: &str = "warren-replayed";
 pub struct Incoming {
     /// The event.
     pub event: Event,
+    /// Its identity, worked out once.
+    pub identity: Identity,
     /// Whether it can be told from its copies.
     pub identified: Identified,
     /// The attempt that this is, counted from 1.
@@ -118,52 +120,59 @@ impl Message {
     /// # Errors
     /// Says why no event can be read from it.
     pub fn read(&self, limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Incoming, Unreadable> {
-        if self.body.len() > limits.body {
-            return Err(Unreadable::TooLarge { size: self.body.len(), limit: limits.body });
+        Self { body: Vec::new(), ..self.clone() }.open(&self.body, limits, fresh_id)
+    }
+
+    /// Makes an event of it and of a body that lies elsewhere: what the event needs is moved, not copied.
+    ///
+    /// # Errors
+    /// Says why no event can be made of it.
+    pub fn open(self, body: &[u8], limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Incoming, Unreadable> {
+        if body.len() > limits.body {
+            return Err(Unreadable::TooLarge { size: body.len(), limit: limits.body });
         }
         let deep = |(_, header): &&(String, Header)| matches!(header, Header::Nested(depth) if *depth > limits.depth);
         if let Some((name, _)) = self.headers.iter().find(deep) {
             return Err(Unreadable::Header(excerpt(name)));
         }
-        let content_type = self.content_type.as_deref().unwrap_or_default().to_ascii_lowercase();
+        let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
+        let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
+        let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
+        let priority = self.priority.unwrap_or(0);
+        let content_type = self.content_type.as_deref().unwrap_or_default();
         let mut identified = Identified::ByItself;
-        let event = if is_event(&content_type) {
+        let event = if is_event(content_type) {
+            let content_type = content_type.to_ascii_lowercase();
             if content_type.contains("cloudevents-batch") || !is_json(&content_type) {
                 return Err(Unreadable::Form(excerpt(&content_type)));
             }
-            Event::from_json(&self.body, limits)?
-        } else if self.headers.iter().any(|(name, _)| attribute_name(name).is_some()) {
-            self.read_binary(limits)?
+            Event::from_json(body, limits)?
+        } else if self.headers.iter().any(|(name, _)| attribute_at(name).is_some()) {
+            self.open_binary(body, limits)?
         } else {
             if self.message_id.as_deref().unwrap_or_default().is_empty() {
                 identified = Identified::OnArrival;
             }
-            self.read_plain(limits, fresh_id)?
+            self.open_plain(body, limits, fresh_id)?
         };
-        let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
-        Ok(Incoming {
-            event,
-            identified,
-            attempt: small(ATTEMPT).unwrap_or(1).max(1),
-            due: self.number(DUE).and_then(|ms| i64::try_from(ms).ok()),
-            replayed: small(REPLAYED).unwrap_or(0),
-            priority: self.priority.unwrap_or(0),
-        })
+        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
     }
 
-    fn read_binary(&self, limits: Limits) -> Result<Event, Unreadable> {
+    fn open_binary(self, body: &[u8], limits: Limits) -> Result<Event, Unreadable> {
         let mut found = std::collections::BTreeMap::new();
-        for (name, header) in &self.headers {
-            let Some(attribute) = attribute_name(name) else { continue };
+        for (mut name, header) in self.headers {
+            let Some(start) = attribute_at(&name) else { continue };
             let Header::Plain(value) = header else {
-                return Err(Unreadable::Header(excerpt(name)));
+                return Err(Unreadable::Header(excerpt(&name)));
             };
-            if found.insert(attribute, value).is_some_and(|other| other != value) {
-                return Err(Unreadable::Attribute { name: excerpt(attribute), problem: "stands twice".into() });
+            name.drain(..start);
+            if found.get(&name).is_some_and(|other| *other != value) {
+                return Err(Unreadable::Attribute { name: excerpt(&name), problem: "stands twice".into() });
             }
+            found.insert(name, value);
         }
         let mut required = |name: &'static str| match found.remove(name) {
-            Some(Value::Text(text)) => Ok(text.clone()),
+            Some(Value::Text(text)) => Ok(text),
             Some(_) => Err(Unreadable::Attribute { name: name.into(), problem: "is not a string".into() }),
             None => Err(Unreadable::Missing(name)),
         };
@@ -173,75 +182,75 @@ impl Message {
         }
         let mut event = Event::new(required("id")?, required("source")?, required("type")?)?;
         for (name, value) in found {
-            event.set(name, value.clone())?;
+            event.set(&name, value)?;
         }
-        if let Some(content_type) = given(&self.content_type) {
+        if let Some(content_type) = given(self.content_type) {
             event.set("datacontenttype", Value::Text(content_type))?;
         }
-        event.set_body(&self.body, limits)?;
+        event.set_body(body, limits)?;
         Ok(event)
     }
 
-    fn read_plain(&self, limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
-        let id = given(&self.message_id).unwrap_or_else(fresh_id);
-        let source = given(&self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
+    fn open_plain(self, body: &[u8], limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
+        let id = given(self.message_id).unwrap_or_else(fresh_id);
+        let source = given(self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
             "" => "/amqp".into(),
             exchange => format!("/amqp/{exchange}"),
         });
-        let kind = given(&self.kind).unwrap_or_else(|| self.routing_key.clone());
+        let kind = given(self.kind).unwrap_or(self.routing_key);
         let mut event = Event::new(id, source, kind)?;
         if let Some(time) = self.timestamp.and_then(|s| jiff::Timestamp::from_second(s.try_into().ok()?).ok()) {
-            event.time = Some(time.to_string());
+            event.edit().time = Some(time.to_string());
         }
-        if let Some(key) = given(&self.correlation_id) {
+        if let Some(key) = given(self.correlation_id) {
             event.set("partitionkey", Value::Text(key))?;
         }
-        if let Some(content_type) = given(&self.content_type) {
+        if let Some(content_type) = given(self.content_type) {
             event.set("datacontenttype", Value::Text(content_type))?;
         }
-        for (name, header) in &self.headers {
+        for (name, header) in self.headers {
             if let Header::Plain(value) = header
-                && event.extension(name).is_none()
+                && event.extension(&name).is_none()
                 && !["subject", "time", "datacontenttype", "dataschema"].contains(&name.as_str())
             {
                 // A header whose name or value no attribute can have stays behind: it was not meant for us.
-                let _ = event.set(name, value.clone());
+                let _ = event.set(&name, value);
             }
         }
-        event.set_body(&self.body, limits)?;
+        event.set_body(body, limits)?;
         Ok(event)
     }
 
     /// The event in binary form, for this exchange. Its key is what the partition is chosen by.
     #[must_use]
     pub fn write(event: &Event, exchange: &str) -> Self {
-        let mut headers = Vec::with_capacity(6 + event.extensions.len());
+        let mut headers = Vec::with_capacity(6 + event.0.extensions.len());
         let mut put = |name: &str, value: Value| headers.push((format!("cloudEvents_{name}"), Header::Plain(value)));
         put("specversion", Value::Text("1.0".into()));
-        put("id", Value::Text(event.id.clone()));
-        put("source", Value::Text(event.source.clone()));
-        put("type", Value::Text(event.kind.clone()));
-        for (name, value) in [("subject", &event.subject), ("time", &event.time), ("dataschema", &event.schema)] {
+        put("id", Value::Text(event.0.id.clone()));
+        put("source", Value::Text(event.0.source.clone()));
+        put("type", Value::Text(event.0.kind.clone()));
+        for (name, value) in [("subject", &event.0.subject), ("time", &event.0.time), ("dataschema", &event.0.schema)] {
             if let Some(value) = value {
                 put(name, Value::Text(value.clone()));
             }
         }
-        for (name, value) in &event.extensions {
+        for (name, value) in &event.0.extensions {
             put(name, value.clone());
         }
-        let time = event.time.as_deref().and_then(|t| t.parse::<jiff::Timestamp>().ok());
+        let time = event.0.time.as_deref().and_then(|t| t.parse::<jiff::Timestamp>().ok());
         Self {
             exchange: exchange.into(),
-            routing_key: event.kind.clone(),
-            content_type: event.content_type.clone(),
-            message_id: Some(event.id.clone()),
+            routing_key: event.0.kind.clone(),
+            content_type: event.0.content_type.clone(),
+            message_id: Some(event.0.id.clone()),
             correlation_id: Some(event.key().into_owned()),
             app_id: None,
-            kind: Some(event.kind.clone()),
+            kind: Some(event.0.kind.clone()),
             timestamp: time.and_then(|t| t.as_second().try_into().ok()),
             priority: None,
             headers,
-            body: event.data.as_ref().map(|d| d.as_bytes().to_vec()).unwrap_or_default(),
+            body: event.0.data.as_ref().map(|d| d.as_bytes().to_vec()).unwrap_or_default(),
         }
     }
 }
@@ -251,10 +260,10 @@ impl Event {
     /// be JSON; other text is called so, because no content type means JSON to readers of the structured form.
     pub(crate) fn set_body(&mut self, body: &[u8], limits: Limits) -> Result<(), Unreadable> {
         let utf8 = || std::str::from_utf8(body).map(str::to_owned);
-        self.data = match self.content_type.as_deref() {
+        let data = match self.0.content_type.as_deref() {
             _ if body.is_empty() => None,
             Some(json) if is_json(json) => Some(Data::Json(json::check(body, limits.depth)?)),
-            Some(text) if text.to_ascii_lowercase().starts_with("text/") => {
+            Some(text) if text.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("text/")) => {
                 Some(Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?))
             }
             Some(_) => Some(Data::Bytes(body.to_vec())),
@@ -263,25 +272,27 @@ impl Event {
                 (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
                 _ => match utf8() {
                     Ok(text) => {
-                        self.content_type = Some("text/plain".into());
+                        self.edit().content_type = Some("text/plain".into());
                         Some(Data::Text(text))
                     }
                     Err(_) => Some(Data::Bytes(body.to_vec())),
                 },
             },
         };
+        self.edit().data = data;
         Ok(())
     }
 }
 
 /// A property that says something.
-fn given(property: &Option<String>) -> Option<String> {
-    property.clone().filter(|text| !text.is_empty())
+fn given(property: Option<String>) -> Option<String> {
+    property.filter(|text| !text.is_empty())
 }
 
-/// `cloudEvents_<name>` or, as AMQP 1.0 SDKs write it, `cloudEvents:<name>`.
-fn attribute_name(header: &str) -> Option<&str> {
-    header.strip_prefix("cloudEvents_").or_else(|| header.strip_prefix("cloudEvents:"))
+/// Where the attribute's name begins in `cloudEvents_<name>` or, as AMQP 1.0 SDKs write it, `cloudEvents:<name>`.
+fn attribute_at(header: &str) -> Option<usize> {
+    const PREFIX: &str = "cloudEvents";
+    header.strip_prefix(PREFIX)?.starts_with(['_', ':']).then_some(PREFIX.len() + 1)
 }
 
 impl From<&str> for Value {

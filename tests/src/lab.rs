@@ -265,7 +265,9 @@ impl Lab {
     /// How many events the store knows.
     #[must_use]
     pub fn inbox(&self) -> usize {
-        self.count("inbox").unwrap_or(0)
+        let sealed = self.ask("SELECT coalesce(sum(identities), 0) FROM runs");
+        let recent = self.ask("SELECT coalesce(sum(length(identities)), 0) / 16 FROM inbox");
+        sealed.unwrap_or(0) + recent.unwrap_or(0)
     }
 
     /// Outbox rows that were not published yet.
@@ -298,9 +300,13 @@ impl Lab {
     }
 
     fn count(&self, table: &str) -> anyhow::Result<usize> {
+        self.ask(&format!("SELECT count(*) FROM {table}"))
+    }
+
+    fn ask(&self, sql: &str) -> anyhow::Result<usize> {
         let store = rusqlite::Connection::open(self.path("warren.db"))?;
         store.busy_timeout(Duration::from_secs(5))?;
-        let rows: i64 = store.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get(0))?;
+        let rows: i64 = store.query_row(sql, [], |row| row.get(0))?;
         Ok(usize::try_from(rows)?)
     }
 

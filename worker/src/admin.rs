@@ -67,14 +67,6 @@ impl Vitals {
 pub async fn serve(address: SocketAddr, vitals: Vitals, metrics: Option<PrometheusHandle>) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::bind(address).await?;
     tracing::info!(%address, "serving /livez, /readyz and /metrics");
-    if let Some(handle) = metrics.clone() {
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-                handle.run_upkeep();
-            }
-        });
-    }
     let live = vitals.clone();
     let router = Router::new()
         .route(

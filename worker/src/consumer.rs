@@ -6,6 +6,7 @@
 use crate::metrics::{self, names};
 use crate::store::Committed;
 use futures_util::{FutureExt, StreamExt};
+use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::FieldTable;
@@ -14,10 +15,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::MissedTickBehavior;
 use warren_publisher::broker::describe;
 use warren_publisher::declare::{self, DeclareError};
 use warren_publisher::{Broker, Confirmed, Link, codec};
-use warren_shared::acks::{Ledger, Span};
+use warren_shared::acks::{Ack, Ledger, Span};
 use warren_shared::env::Declare;
 use warren_shared::event::Limits;
 use warren_shared::topology::{Declaration, Topology};
@@ -40,7 +42,7 @@ pub struct Place {
     /// The lane's name.
     pub lane_name: String,
     /// The queue.
-    pub queue: String,
+    pub queue: Arc<str>,
 }
 
 /// The duty to settle one delivery. Without an ack the broker delivers it again when the channel ends.
@@ -149,8 +151,8 @@ pub struct Subscriptions {
 const CHANNELS_A_CONNECTION: usize = 16;
 /// How many deliveries are handed on at once.
 const CHUNK: usize = 256;
-/// How long a settled delivery behind a stuck one waits for its ack.
-const GAP: Duration = Duration::from_millis(5);
+/// A settled delivery behind a stuck one waits for its ack once to twice as long.
+const GAP: Duration = Duration::from_millis(20);
 
 impl Subscriptions {
     /// Prepares the subscriptions of a pool; nothing is opened yet.
@@ -189,7 +191,7 @@ impl Subscriptions {
             (0..topology.partitions).map(move |partition| Place {
                 lane,
                 lane_name: l.name.clone(),
-                queue: topology.partition(&l.name, partition),
+                queue: topology.partition(&l.name, partition).into(),
             })
         });
         let start = |(i, place)| {
@@ -273,16 +275,16 @@ impl Subscription {
                     let why = self.serve(channel, consumer).await;
                     if *self.phase.borrow() == Phase::Taking {
                         metrics::count(names::RECONNECTS, 1);
-                        tracing::warn!(queue = self.place.queue, why, "the subscription ended, subscribing again");
+                        tracing::warn!(queue = &*self.place.queue, why, "the subscription ended, subscribing again");
                     }
                 }
                 Opened::Failed(why) => {
                     failures += 1;
-                    tracing::warn!(queue = self.place.queue, why, failures, "cannot subscribe yet, trying again");
+                    tracing::warn!(queue = &*self.place.queue, why, failures, "cannot subscribe yet, trying again");
                 }
                 Opened::QueueMissing => {
                     failures += 1;
-                    tracing::warn!(queue = self.place.queue, "the queue is missing");
+                    tracing::warn!(queue = &*self.place.queue, "the queue is missing");
                     if let Err(error) = self.shared.repair().await {
                         tracing::error!(%error, "the topology cannot be declared again");
                     }
@@ -301,7 +303,7 @@ impl Subscription {
         let opened = async {
             let channel = link.connection().create_channel().await?;
             channel.basic_qos(self.shared.prefetch, BasicQosOptions::default()).await?;
-            let (queue, options) = (self.place.queue.as_str().into(), BasicConsumeOptions::default());
+            let (queue, options) = ((&*self.place.queue).into(), BasicConsumeOptions::default());
             let consumer = channel.basic_consume(queue, "".into(), options, FieldTable::default()).await?;
             Ok::<_, Error>((channel, consumer))
         };
@@ -342,9 +344,11 @@ impl Subscription {
     }
 
     async fn exchange(&mut self, channel: &Channel, consumer: &mut Consumer, epoch: &Arc<Epoch>) -> String {
+        let mut sweep = tokio::time::interval(GAP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let phase = *self.phase.borrow_and_update();
-            let waits = epoch.ledger().wants_flush();
+            let waits = epoch.ledger().unacked() > 0;
             if phase == Phase::Closing && !waits {
                 return "closed by the drain".into();
             }
@@ -353,29 +357,18 @@ impl Subscription {
                 changed = self.phase.changed() => if changed.is_err() {
                     return "the worker ended".into();
                 },
-                () = epoch.flush.notified() => if let Err(error) = flush(channel, epoch).await {
+                () = epoch.flush.notified() => if let Err(error) = self.ack(channel, epoch).await {
                     return describe(&error);
                 },
-                () = tokio::time::sleep(GAP), if waits => if let Err(error) = flush(channel, epoch).await {
-                    return describe(&error);
-                },
+                _ = sweep.tick(), if waits => {
+                    let acks = epoch.ledger().sweep();
+                    if let Err(error) = send(channel, acks).await {
+                        return describe(&error);
+                    }
+                }
                 next = consumer.next(), if phase == Phase::Taking => {
-                    let mut arrivals = Vec::new();
-                    let mut next = next;
-                    let end = loop {
-                        match next {
-                            Some(Ok(delivery)) => arrivals.push(self.arrival(delivery, epoch)),
-                            Some(Err(error)) => break Some(describe(&error)),
-                            None => break Some("the broker cancelled the consumer".to_owned()),
-                        }
-                        if arrivals.len() == CHUNK {
-                            break None;
-                        }
-                        next = match consumer.next().now_or_never() {
-                            Some(more) => more,
-                            None => break None,
-                        };
-                    };
+                    let (deliveries, end) = gather(next, consumer);
+                    let arrivals = self.arrivals(deliveries, epoch);
                     if !arrivals.is_empty() && self.news.send(News::Arrived(arrivals)).is_err() {
                         return "the worker ended".into();
                     }
@@ -387,20 +380,54 @@ impl Subscription {
         }
     }
 
-    fn arrival(&self, delivery: lapin::message::Delivery, epoch: &Arc<Epoch>) -> Arrival {
-        let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
-        epoch.ledger().open(tag);
-        let message = codec::read(delivery);
-        let content = match message.read(self.shared.limits, || uuid::Uuid::new_v4().to_string()) {
-            Ok(incoming) => Ok(incoming),
-            Err(why) => Err(Box::new((message, why))),
+    /// One ack for what is settled in order. Where a stuck delivery keeps half of the prefetch from it, one each.
+    async fn ack(&self, channel: &Channel, epoch: &Epoch) -> Result<(), Error> {
+        let acks = {
+            let mut ledger = epoch.ledger();
+            let first = ledger.flush();
+            let crowded = ledger.unacked() > usize::from(self.shared.prefetch) / 2;
+            first.into_iter().chain(if crowded { ledger.sweep() } else { Vec::new() }).collect()
         };
-        Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content }
+        send(channel, acks).await
+    }
+
+    fn arrivals(&self, deliveries: Vec<Delivery>, epoch: &Arc<Epoch>) -> Vec<Arrival> {
+        {
+            let mut ledger = epoch.ledger();
+            deliveries.iter().for_each(|delivery| ledger.open(delivery.delivery_tag));
+        }
+        let arrival = |delivery: Delivery| {
+            let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
+            let fresh_id = || uuid::Uuid::new_v4().to_string();
+            let content = codec::envelope(&delivery)
+                .open(&delivery.data, self.shared.limits, fresh_id)
+                .map_err(|why| Box::new((codec::read(delivery), why)));
+            Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content }
+        };
+        deliveries.into_iter().map(arrival).collect()
     }
 }
 
-async fn flush(channel: &Channel, epoch: &Epoch) -> Result<(), Error> {
-    let acks = epoch.ledger().flush();
+/// All deliveries that are there, and why no more will come if none will.
+fn gather(first: Option<Result<Delivery, Error>>, consumer: &mut Consumer) -> (Vec<Delivery>, Option<String>) {
+    let (mut deliveries, mut next) = (Vec::new(), first);
+    loop {
+        match next {
+            Some(Ok(delivery)) => deliveries.push(delivery),
+            Some(Err(error)) => return (deliveries, Some(describe(&error))),
+            None => return (deliveries, Some("the broker cancelled the consumer".to_owned())),
+        }
+        if deliveries.len() == CHUNK {
+            return (deliveries, None);
+        }
+        next = match consumer.next().now_or_never() {
+            Some(more) => more,
+            None => return (deliveries, None),
+        };
+    }
+}
+
+async fn send(channel: &Channel, acks: Vec<Ack>) -> Result<(), Error> {
     let acks = acks.into_iter().map(|ack| {
         let options = BasicAckOptions { multiple: ack.span == Span::UpTo };
         channel.basic_ack(ack.tag, options)

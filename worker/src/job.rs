@@ -2,7 +2,7 @@
 use crate::consumer::{Proof, Ticket};
 use crate::handler::Reply;
 use crate::store::{Effect, Outcome, Seen};
-use std::sync::Arc;
+use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_shared::dead::{self, Cause, Scene};
@@ -17,7 +17,8 @@ use warren_shared::{Event, Identity, Incoming, Message, Unreadable};
 pub(crate) enum Content {
     /// An event.
     Event {
-        event: Arc<Event>,
+        event: Event,
+        identity: Identity,
         identified: Identified,
         attempt: u32,
         replayed: u32,
@@ -54,11 +55,22 @@ pub(crate) struct Job {
 
 /// What is handled one after the other.
 #[derive(Debug, Hash)]
-pub(crate) enum Turn {
+pub(crate) enum Turn<'a> {
     /// Events of a key.
-    Key(String),
+    Key(Cow<'a, str>),
     /// Events that cannot be told apart.
     Alike(Identity),
+}
+
+/// Where a job stands towards the places for handlers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Taken from the schedule, without a place yet.
+    Ahead,
+    /// It holds one.
+    Active,
+    /// Before or after all that.
+    Elsewhere,
 }
 
 /// Whether the store counts a start of a delivery: while it does, a death of the process is laid at its door.
@@ -82,23 +94,33 @@ pub(crate) struct House {
 }
 
 impl Job {
-    pub(crate) fn of_event(ticket: Ticket, redelivered: bool, incoming: Incoming, route: Option<usize>) -> Self {
-        let Incoming { event, identified, attempt, replayed, .. } = incoming;
-        let content = Content::Event { event: Arc::new(event), identified, attempt, replayed, route };
-        Self::new(ticket, redelivered, content)
+    pub(crate) fn of_event(
+        ticket: Ticket,
+        redelivered: bool,
+        incoming: Incoming,
+        route: Option<usize>,
+        since: Instant,
+    ) -> Self {
+        let Incoming { event, identity, identified, attempt, replayed, .. } = incoming;
+        let content = Content::Event { event, identity, identified, attempt, replayed, route };
+        Self::new(ticket, redelivered, content, since)
     }
 
-    pub(crate) fn of_message(ticket: Ticket, redelivered: bool, message: Box<(Message, Unreadable)>) -> Self {
-        Self::new(ticket, redelivered, Content::Message(message))
+    pub(crate) fn of_message(
+        ticket: Ticket,
+        redelivered: bool,
+        message: Box<(Message, Unreadable)>,
+        since: Instant,
+    ) -> Self {
+        Self::new(ticket, redelivered, Content::Message(message), since)
     }
 
-    fn new(ticket: Ticket, redelivered: bool, content: Content) -> Self {
-        let (state, since) = (State::Received, Instant::now());
+    fn new(ticket: Ticket, redelivered: bool, content: Content, since: Instant) -> Self {
         Self {
             ticket,
             redelivered,
             content,
-            state,
+            state: State::Received,
             mark: Mark::Absent,
             known: None,
             key: None,
@@ -110,7 +132,7 @@ impl Job {
         }
     }
 
-    pub(crate) fn event(&self) -> Option<&Arc<Event>> {
+    pub(crate) fn event(&self) -> Option<&Event> {
         match &self.content {
             Content::Event { event, .. } => Some(event),
             Content::Message(_) => None,
@@ -134,8 +156,8 @@ impl Job {
     /// How the inbox knows it; none where it cannot be told from its copies.
     pub(crate) fn seen(&self) -> Option<Seen> {
         match &self.content {
-            Content::Event { event, identified: Identified::ByItself, replayed, .. } => {
-                Some(Seen { identity: event.identity(), replayed: *replayed })
+            Content::Event { identity, identified: Identified::ByItself, replayed, .. } => {
+                Some(Seen { identity: *identity, replayed: *replayed })
             }
             _ => None,
         }
@@ -145,7 +167,7 @@ impl Job {
     /// gets another id at every delivery, and would otherwise kill the process for ever.
     pub(crate) fn suspect(&self) -> Option<Identity> {
         match &self.content {
-            Content::Event { event, identified: Identified::ByItself, .. } => Some(event.identity()),
+            Content::Event { identity, identified: Identified::ByItself, .. } => Some(*identity),
             Content::Event { event, .. } => {
                 let body = event.data().map(|data| data.as_bytes()).unwrap_or_default();
                 let digest = Uuid::new_v5(&Uuid::NAMESPACE_OID, body).to_string();
@@ -159,17 +181,17 @@ impl Job {
 
     /// What is handled one after the other: its key; for a redelivered event with neither key nor id, all that look like
     /// it. They share one count of starts, so each has to end before the next begins.
-    pub(crate) fn turn(&self) -> Option<Turn> {
+    pub(crate) fn turn(&self) -> Option<Turn<'_>> {
         let event = self.event()?;
         Some(match self.seen() {
             None if self.redelivered && event.key() == event.id() => Turn::Alike(self.suspect()?),
-            _ => Turn::Key(event.key().into_owned()),
+            _ => Turn::Key(event.key()),
         })
     }
 
     /// What the commit of its outcome writes.
-    pub(crate) fn effect(&mut self, house: &House, handler: &str) -> Option<Effect> {
-        let event = self.event()?.clone();
+    pub(crate) fn effect(&self, house: &House, handler: impl Fn() -> String) -> Option<Effect> {
+        let event = self.event()?;
         let (outcome, out) = match self.state.action() {
             Action::CommitDone => {
                 let message = |event: &Event| {
@@ -182,10 +204,10 @@ impl Job {
                 (Outcome::Done, self.reply.emit.iter().map(message).collect())
             }
             Action::CommitDead(doom) => {
-                let cause = self.cause(doom, handler);
+                let cause = self.cause(doom, handler());
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
                 let lane = &self.ticket.place().lane_name;
-                let letter = dead::of_event(&event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
+                let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
                 (Outcome::Dead, vec![letter])
             }
             _ => return None,
@@ -200,7 +222,7 @@ impl Job {
         if self.redelivered || self.attempt() > 1 { self.suspect() } else { None }
     }
 
-    pub(crate) fn cause(&self, doom: Doom, handler: &str) -> Cause {
+    pub(crate) fn cause(&self, doom: Doom, handler: String) -> Cause {
         let (reason, attempts, error) = match doom {
             Doom::NoRoute => {
                 let kind = self.event().map(|e| e.kind().to_owned()).unwrap_or_default();
@@ -212,7 +234,7 @@ impl Job {
                 ("crash", attempts, "the worker's process died whenever it handled this event".to_owned())
             }
         };
-        Cause { reason, error, attempts, handler: handler.to_owned() }
+        Cause { reason, error, attempts, handler }
     }
 
     /// The copy that waits in a delay queue, or the dead letter of what is no event.
@@ -236,6 +258,15 @@ impl Job {
                 Some(letter)
             }
             _ => None,
+        }
+    }
+
+    /// Where it stands towards the places for handlers.
+    pub(crate) fn place(&self) -> Place {
+        match (self.key, self.state) {
+            (Some(_), State::Received) => Place::Ahead,
+            (Some(_), State::Suspected { .. } | State::Running(_)) => Place::Active,
+            _ => Place::Elsewhere,
         }
     }
 

@@ -51,6 +51,14 @@ pub fn install() -> Option<PrometheusHandle> {
     describe_histogram!(names::HANDLER_SECONDS, "time in handlers");
     describe_histogram!(names::COMMIT_SECONDS, "time of a commit");
     describe_histogram!(names::COMMIT_EVENTS, "events in a commit");
+    // Observations gather in memory until somebody reads them; nobody may.
+    let upkeep = handle.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    });
     Some(handle)
 }
 
@@ -67,6 +75,11 @@ pub fn count_by(name: &'static str, label: &'static str, value: impl Into<metric
 /// Sets a gauge.
 pub fn set(name: &'static str, value: usize) {
     metrics::gauge!(name).set(value as f64);
+}
+
+/// A histogram, for many observations in a row.
+pub fn histogram(name: &'static str) -> metrics::Histogram {
+    metrics::histogram!(name)
 }
 
 /// Adds an observation.

@@ -90,8 +90,8 @@ impl Pile {
     /// # Errors
     /// The connection ended.
     pub(crate) async fn flush(&mut self) -> anyhow::Result<()> {
-        while self.ledger.wants_flush() {
-            for ack in self.ledger.flush() {
+        while self.ledger.unacked() > 0 {
+            for ack in self.ledger.sweep() {
                 let options = BasicAckOptions { multiple: ack.span == Span::UpTo };
                 self.channel.basic_ack(ack.tag, options).await.map_err(|e| BrokerError::lost(&e))?;
             }

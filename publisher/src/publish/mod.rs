@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use warren_shared::Message;
-use wire::Wire;
+use wire::{Ready, Wire};
 
 /// Proof that the broker stored and routed a message. Only this file makes one.
 ///
@@ -89,6 +89,9 @@ const CHUNK: usize = 256;
 
 /// Bytes of bodies in hand after which no more are taken: a window of large events must not fill the memory.
 const BYTES: usize = 64 << 20;
+
+/// How long a channel may take to open.
+const OPENING: Duration = Duration::from_secs(10);
 
 struct Batch {
     messages: Vec<Message>,
@@ -188,12 +191,40 @@ enum End {
     Lost(String),
 }
 
+/// The search for the message that the broker closed a channel over, among so many at the head of the queue. They go
+/// in windows of half their number, so every further complaint halves them, until one names its cause.
+#[derive(Default)]
+struct Search {
+    suspects: usize,
+    window: usize,
+}
+
+impl Search {
+    fn among(suspects: usize) -> Self {
+        Self { suspects, window: (suspects / 2).max(1) }
+    }
+
+    /// Messages in flight at most, while the search goes on.
+    fn window(&self) -> Option<usize> {
+        (self.suspects > 0).then_some(self.window)
+    }
+
+    /// One of the suspects has its outcome.
+    fn cleared(&mut self) {
+        self.suspects = self.suspects.saturating_sub(1);
+    }
+
+    /// What was still being written to a closed channel can end the connection before the broker names the cause: with
+    /// fewer in flight it cannot go on for ever.
+    fn narrow(&mut self) {
+        self.window = (self.window / 2).max(1);
+    }
+}
+
 impl Desk {
     async fn run(mut self, link: Link) {
         let mut link = Some(link);
-        // After a channel error the cause is among so many messages at the head of the queue. They go in windows of half
-        // their number, so every further complaint halves them, until one names its cause.
-        let mut suspects = 0;
+        let mut search = Search::default();
         loop {
             let current = match link.take().filter(Link::is_alive) {
                 Some(link) => link,
@@ -203,13 +234,13 @@ impl Desk {
                 }
             };
             self.tell.send_replace(Health::Open);
-            match self.serve(&current, &mut suspects).await {
+            match self.serve(&current, &mut search).await {
                 End::Finished => return current.close().await,
                 End::Accused { said, of: 1 } => {
                     if let Some(culprit) = self.queue.pop_front() {
                         self.settle(&culprit, Err(Refused::Forbidden(said)));
                     }
-                    suspects = suspects.saturating_sub(1);
+                    search.cleared();
                     link = Some(current);
                 }
                 End::Accused { said, of } => {
@@ -218,12 +249,12 @@ impl Desk {
                         of,
                         "the broker closed the publishing channel, looking for the message at fault"
                     );
-                    suspects = of;
+                    search = Search::among(of);
                     link = Some(current);
                 }
                 End::Lost(why) => {
                     tracing::warn!(why, repeated = self.queue.len(), "publishing connection lost, connecting again");
-                    // Suspects stay suspects: what was still being written to the closed channel can end the connection too.
+                    search.narrow();
                     tokio::spawn(async move { current.close().await });
                 }
             }
@@ -231,18 +262,22 @@ impl Desk {
     }
 
     /// Publishes on one channel until it ends; what has no outcome then is back in the queue, in order.
-    async fn serve(&mut self, link: &Link, suspects: &mut usize) -> End {
-        let mut wire = match Wire::open(link).await {
-            Ok(wire) => wire,
-            Err(error) => return End::Lost(describe(&error)),
+    async fn serve(&mut self, link: &Link, search: &mut Search) -> End {
+        let mut wire = match tokio::time::timeout(OPENING, Wire::open(link)).await {
+            Ok(Ok(wire)) => wire,
+            Ok(Err(error)) => return End::Lost(describe(&error)),
+            Err(_) => return End::Lost(format!("no channel was opened within {OPENING:?}")),
         };
-        let end = loop {
-            let window = if *suspects > 0 { (*suspects / 2).max(1) } else { self.options.window };
+        let end = 'channel: loop {
+            let window = search.window().unwrap_or(self.options.window);
             while wire.flying.len() < window && !self.queue.is_empty() && !wire.is_blocked() && wire.failure.is_none() {
                 let chunk = CHUNK.min(window - wire.flying.len()).min(self.queue.len());
-                let entries: Vec<Entry> = self.queue.drain(..chunk).collect();
-                for (entry, refused) in self.write(&mut wire, entries).await {
+                let (ready, refused) = wire.take_on(self.queue.drain(..chunk));
+                for (entry, refused) in refused {
                     self.settle(&entry, Err(refused));
+                }
+                if !self.write(&mut wire, ready).await {
+                    break 'channel End::Lost(format!("nothing could be written for {:?}", self.options.timeout));
                 }
             }
             if let Some(error) = wire.verdict().await {
@@ -262,8 +297,7 @@ impl Desk {
                         wire.note(confirm);
                     }
                     for (entry, outcome) in wire.barrier() {
-                        // One suspect of the accused is cleared.
-                        *suspects = suspects.saturating_sub(1);
+                        search.cleared();
                         self.settle(&entry, outcome);
                     }
                 }
@@ -293,22 +327,26 @@ impl Desk {
         end
     }
 
-    /// Writes a chunk, and tells if the broker blocks meanwhile: the rest of the chunk then waits until it clears.
-    async fn write(&self, wire: &mut Wire, entries: Vec<Entry>) -> Vec<(Entry, Refused)> {
+    /// Writes a chunk; tells if the broker blocks meanwhile, as the rest of the chunk then waits until it clears.
+    /// False if it took longer than the deadline.
+    async fn write(&self, wire: &mut Wire, ready: Vec<Ready>) -> bool {
         let mut blocked = wire.blocked.clone();
-        let mut writing = std::pin::pin!(wire.send(entries));
+        let mut told = true;
+        let mut writing = std::pin::pin!(wire.send(ready));
         loop {
+            let free = blocked.borrow().is_none();
             tokio::select! {
                 biased;
-                refused = &mut writing => return refused,
-                changed = blocked.changed() => match changed {
+                () = &mut writing => return true,
+                changed = blocked.changed(), if told => match changed {
                     Ok(()) => {
                         let health = blocked.borrow_and_update().clone().map_or(Health::Open, Health::Blocked);
                         self.tell.send_replace(health);
                     }
                     // The connection is gone, and the write fails with it.
-                    Err(_) => return writing.await,
-                }
+                    Err(_) => told = false,
+                },
+                () = tokio::time::sleep(self.options.timeout), if free || !told => return false,
             }
         }
     }

@@ -5,7 +5,8 @@ use crate::codec;
 use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation, Error};
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel, Confirmation, Error};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use warren_shared::Message;
 
 /// How long the confirms of a channel that ended may take to say so.
 const ENDING: Duration = Duration::from_secs(1);
@@ -25,6 +27,14 @@ pub(super) struct Flight {
     since: Instant,
     confirmed: Option<Outcome>,
     returned: Option<Refused>,
+}
+
+/// A message as it is written.
+pub(super) struct Ready {
+    sequence: u64,
+    message: Arc<Message>,
+    properties: BasicProperties,
+    address: (ShortString, ShortString),
 }
 
 /// One channel and what is in flight on it.
@@ -59,34 +69,37 @@ impl Wire {
         self.blocked.borrow().is_some()
     }
 
-    /// Publishes a chunk; returns what AMQP cannot carry.
-    pub(super) async fn send(&mut self, entries: Vec<Entry>) -> Vec<(Entry, Refused)> {
-        let mut refused = Vec::new();
-        let mut ready = Vec::with_capacity(entries.len());
+    /// Takes messages in flight, as they will be written; returns also what AMQP cannot carry.
+    pub(super) fn take_on(&mut self, entries: impl Iterator<Item = Entry>) -> (Vec<Ready>, Vec<(Entry, Refused)>) {
+        let (mut ready, mut refused) = (Vec::new(), Vec::new());
+        let since = Instant::now();
         for entry in entries {
             match (codec::write(&entry.message, self.room), codec::address(&entry.message)) {
                 (Ok(properties), Ok(address)) => {
-                    ready.push((entry.message.clone(), properties, address));
-                    let flight = Flight { entry, since: Instant::now(), confirmed: None, returned: None };
-                    self.flying.insert(self.next, flight);
+                    let (sequence, message) = (self.next, entry.message.clone());
+                    ready.push(Ready { sequence, message, properties, address });
+                    self.flying.insert(sequence, Flight { entry, since, confirmed: None, returned: None });
                     self.next += 1;
                 }
                 (Err(error), _) | (_, Err(error)) => refused.push((entry, error.into())),
             }
         }
-        let first = self.next - ready.len() as u64;
+        (ready, refused)
+    }
+
+    /// Publishes a chunk that is in flight already: whatever becomes of the writing, it is repeated or settled.
+    pub(super) async fn send(&mut self, ready: Vec<Ready>) {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let publishes = ready.iter().map(|(message, properties, (exchange, key))| {
-            let (exchange, key) = (exchange.clone(), key.clone());
-            self.channel.basic_publish(exchange, key, options, &message.body, properties.clone())
+        let publishes = ready.into_iter().map(|Ready { sequence, message, properties, address: (exchange, key) }| {
+            let channel = &self.channel;
+            async move { (sequence, channel.basic_publish(exchange, key, options, &message.body, properties).await) }
         });
-        for (sequence, published) in (first..).zip(join_all(publishes).await) {
+        for (sequence, published) in join_all(publishes).await {
             match published {
                 Ok(confirm) => self.confirms.push(Box::pin(async move { (sequence, confirm.await) })),
                 Err(error) => self.fail(error),
             }
         }
-        refused
     }
 
     /// Why the channel ended, if it did. A write that meets the closed channel does not know: the confirms do, and all

@@ -140,12 +140,11 @@ pub(super) fn plain(text: &str, limit: usize) -> String {
 mod tests {
     use super::*;
     use crate::handler::Context;
-    use std::sync::Arc;
 
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let context = Context { timeout: Duration::from_secs(5), pool: "p".into(), limits: Default::default() };
-        Call { event: Arc::new(event.expect("valid")), attempt: 3, context }
+        Call { event: event.expect("valid"), attempt: 3, context }
     }
 
     fn outcome(rest: &str) -> Outcome {

@@ -20,7 +20,7 @@ use warren_shared::structured::Defaults;
 #[derive(Clone, Debug)]
 pub struct Call {
     /// The event.
-    pub event: Arc<Event>,
+    pub event: Event,
     /// The attempt, counted from 1.
     pub attempt: u32,
     /// What the handler may ask.

@@ -72,8 +72,7 @@ impl Handler for Rust {
         Box::pin(async move {
             let timeout = call.context.timeout;
             // The function itself may panic before it returns its future.
-            let work =
-                AssertUnwindSafe(async move { function((*call.event).clone(), call.context).await }).catch_unwind();
+            let work = AssertUnwindSafe(async move { function(call.event, call.context).await }).catch_unwind();
             match tokio::time::timeout(timeout, work).await {
                 Ok(Ok(Ok(reply))) => Outcome::Done(reply),
                 Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
@@ -99,7 +98,7 @@ mod tests {
         F: Fn(Event, Context) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
     {
-        let event = Arc::new(Event::new("1", "/tests", "a.b").expect("valid"));
+        let event = Event::new("1", "/tests", "a.b").expect("valid");
         let context = Context { timeout: Duration::from_millis(50), pool: "p".into(), limits: Limits::default() };
         Rust::new(function).handle(Call { event, attempt: 1, context }).await
     }

@@ -25,10 +25,8 @@ impl Pipeline {
         if !ids.is_empty() {
             tracing::warn!(events = ids.len(), "the drain is over: handlers are interrupted, their events come again");
         }
+        self.interrupted.send_replace(true);
         for id in ids {
-            if let Some(abort) = self.jobs.get_mut(&id).and_then(|job| job.abort.take()) {
-                abort.abort();
-            }
             self.fact(id, Fact::Interrupted);
         }
     }

@@ -1,12 +1,14 @@
 //! Deliveries on their way in: adoption before the first, then a job each, then the schedule.
-use super::{Id, News, Pipeline, hash, millis, now_ms};
+use super::{News, Pipeline, millis, now_ms};
 use crate::consumer::Arrival;
 use crate::fault;
 use crate::job::Job;
 use crate::metrics::{self, names};
 use crate::store::{Left, Row, StoreError};
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use warren_shared::delivery::Fact;
 use warren_shared::retry::DUE;
 use warren_shared::wire::Identified;
@@ -28,14 +30,17 @@ impl Pipeline {
             None => {
                 // The broker made us this partition's consumer: what its last owner left goes out before our own.
                 let partition = first.ticket.place().queue.clone();
-                tracing::info!(partition, "first delivery from {partition}: this worker is its active consumer");
+                tracing::info!(
+                    partition = &*partition,
+                    "first delivery from {partition}: this worker is its active consumer"
+                );
                 self.epochs.insert(epoch, Some(arrivals));
                 self.adopt(epoch, partition, Duration::ZERO);
             }
         }
     }
 
-    pub(super) fn adopt(&self, epoch: u64, partition: String, pause: Duration) {
+    pub(super) fn adopt(&self, epoch: u64, partition: Arc<str>, pause: Duration) {
         let (store, tell) = (self.parts.store.clone(), self.tell.clone());
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
@@ -67,14 +72,15 @@ impl Pipeline {
     }
 
     pub(super) fn admit(&mut self, arrivals: Vec<Arrival>) {
-        let (now, monotonic) = (now_ms(), millis(self.started.elapsed()));
+        let since = Instant::now();
+        let (now, monotonic) = (now_ms(), millis(since.duration_since(self.started)));
         for Arrival { ticket, redelivered, content } in arrivals {
             fault::point("received");
             let id = self.next;
             self.next += 1;
             let incoming = match content {
                 Err(message) => {
-                    self.jobs.insert(id, Job::of_message(ticket, redelivered, message));
+                    self.jobs.insert(id, Job::of_message(ticket, redelivered, message, since));
                     self.fact(id, Fact::Unreadable);
                     continue;
                 }
@@ -86,8 +92,8 @@ impl Pipeline {
             let route = self.parts.routes.find(incoming.event.kind());
             let (lane, priority, attempt, due) =
                 (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
-            let job = Job::of_event(ticket, redelivered, incoming, route);
-            let key = hash(&job.turn());
+            let job = Job::of_event(ticket, redelivered, incoming, route, since);
+            let key = self.hasher.hash_one(job.turn());
             self.jobs.insert(id, job);
             let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
             if remaining > DUE {
@@ -120,11 +126,11 @@ impl Pipeline {
         self.leave_holds(|job| job.ticket.epoch() == epoch, Fact::Gone);
         // The next owner must not take a run for a death of this process: what waits for its turn leaves, what runs is
         // no longer counted.
-        let of = |s: &Self, id: &Id| s.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch);
+        let of = |s: &Self, id: &super::Id| s.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch);
         let (leaving, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| of(self, id));
         self.alone = staying;
         VecDeque::into_iter(leaving).for_each(|id| self.fact(id, Fact::Interrupted));
-        let running: Vec<Id> = self.jobs.keys().filter(|id| of(self, id)).copied().collect();
+        let running: Vec<super::Id> = self.jobs.keys().filter(|id| of(self, id)).copied().collect();
         running.into_iter().for_each(|id| self.unmark(id));
     }
 }

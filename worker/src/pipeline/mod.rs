@@ -12,26 +12,29 @@ use crate::config::Routes;
 use crate::consumer::{self, Arrival, Subscriptions};
 use crate::fault;
 use crate::handler::{self, Context, Handler};
-use crate::job::{House, Job, Mark};
+use crate::job::{House, Job, Mark, Place};
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::store::{Committed, Effect, Recorded, Row, Start, Store, StoreError};
+use rustc_hash::FxHashMap;
 use stations::{BATCH, Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::RandomState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use warren_publisher::Publisher;
 use warren_publisher::publish::Outcome as Published;
-use warren_shared::delivery::{self, Action, Company, Fact, Law, State};
+use warren_shared::delivery::{self, Action, Company, Fact, Law};
 use warren_shared::schedule::Schedule;
 
 type Id = u64;
 
 /// Handled and not yet recorded, or recorded and not yet published: beyond this nothing more is taken.
 const BACKLOG: usize = 4096;
+/// Taken ahead of the places for handlers, at most.
+const AHEAD: usize = 1024;
 
 /// What the loop learns.
 #[derive(Debug)]
@@ -44,7 +47,7 @@ enum News {
     Committed(Vec<Id>, Arc<Vec<Effect>>, Instant, Result<Vec<Recorded>, StoreError>),
     Relayed(Vec<Id>, Result<Vec<Row>, StoreError>),
     Published(Vec<Id>, Vec<Published>),
-    Handled(Id, handler::Outcome),
+    Handled(Vec<(Id, handler::Outcome)>),
     Waited(Id),
     Rested(Station),
     Order(Order),
@@ -91,12 +94,24 @@ pub(crate) struct Pipeline {
     parts: Parts,
     inbox: mpsc::UnboundedReceiver<News>,
     tell: mpsc::UnboundedSender<News>,
-    jobs: HashMap<Id, Job>,
+    jobs: FxHashMap<Id, Job>,
     next: Id,
     schedule: Schedule<u64, Id>,
-    stations: HashMap<Station, Queue>,
-    /// Taken from the schedule and not yet through their handler.
+    /// Makes keys of the schedule; keyed anew in each process, so nobody can choose keys that collide.
+    hasher: RandomState,
+    stations: [Queue; STATIONS.len()],
+    /// Taken from the schedule, and asked for in the store or waiting for a place.
+    ahead: usize,
+    /// Unknown to the store, and waiting for a place.
+    ready: VecDeque<Id>,
+    /// They hold a place: their handler runs, or their start is being recorded.
     active: usize,
+    /// Ended since the store was last asked: twice as many may be taken ahead, as they will find a place in no time.
+    pace: usize,
+    /// Calls that the next turn starts.
+    calls: Vec<runs::Started>,
+    /// Turns true when handlers must end.
+    interrupted: watch::Sender<bool>,
     /// May have killed the process: each runs alone.
     alone: VecDeque<Id>,
     solo: Option<Id>,
@@ -136,11 +151,17 @@ pub(crate) fn start(parts: Parts) -> Running {
         parts,
         inbox,
         tell,
-        jobs: HashMap::new(),
+        jobs: FxHashMap::default(),
         next: 0,
         schedule: Schedule::new(weights),
-        stations: STATIONS.into_iter().map(|s| (s, Queue::default())).collect(),
+        hasher: RandomState::new(),
+        stations: Default::default(),
+        ahead: 0,
+        ready: VecDeque::new(),
         active: 0,
+        pace: 0,
+        calls: Vec::new(),
+        interrupted: watch::Sender::new(false),
         alone: VecDeque::new(),
         solo: None,
         epochs: HashMap::new(),
@@ -198,9 +219,9 @@ impl Pipeline {
             News::Committed(ids, effects, since, answer) => self.committed(ids, effects, since, answer),
             News::Relayed(ids, answer) => self.relayed(ids, answer),
             News::Published(ids, outcomes) => self.published(ids, outcomes),
-            News::Handled(id, outcome) => self.handled(id, outcome),
+            News::Handled(outcomes) => outcomes.into_iter().for_each(|(id, outcome)| self.handled(id, outcome)),
             News::Waited(id) => self.fact(id, Fact::Waited),
-            News::Rested(station) => self.station(station).busy = false,
+            News::Rested(station) => self.station_mut(station).busy = false,
             News::Order(Order::Drain(tell)) => self.drain(tell),
             News::Order(Order::Interrupt) => self.interrupt(),
         }
@@ -210,22 +231,27 @@ impl Pipeline {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let route = job.route();
         let law = route.and_then(|r| self.parts.routes.get(r)).map_or(&self.parts.law, |route| &route.law);
-        let was = is_active(job);
+        let was = job.place();
         match delivery::next(job.state, fact, law) {
             Ok((state, action)) => {
                 job.state = state;
-                let is = is_active(job);
-                self.active = self.active + usize::from(is) - usize::from(was);
+                let is = job.place();
+                self.moved(was, is);
                 self.perform(id, action);
             }
             // The job goes back to the broker with its channel; its key goes on.
             Err(illegal) => {
                 debug_assert!(false, "{illegal}");
                 tracing::error!(%illegal, "a fault in Warren: please report it");
-                self.active -= usize::from(was);
                 self.remove(id);
             }
         }
+    }
+
+    fn moved(&mut self, from: Place, to: Place) {
+        self.ahead = self.ahead + usize::from(to == Place::Ahead) - usize::from(from == Place::Ahead);
+        self.active = self.active + usize::from(to == Place::Active) - usize::from(from == Place::Active);
+        self.pace += usize::from(from == Place::Active && to == Place::Elsewhere);
     }
 
     fn perform(&mut self, id: Id, action: Action) {
@@ -262,6 +288,7 @@ impl Pipeline {
 
     fn remove(&mut self, id: Id) -> Option<Job> {
         let job = self.jobs.remove(&id)?;
+        self.moved(job.place(), Place::Elsewhere);
         if let Some(key) = job.key {
             self.schedule.finish(&key);
         }
@@ -273,30 +300,33 @@ impl Pipeline {
 
     fn advance(&mut self) {
         self.take();
+        self.admit_ready();
         self.turn_of_the_suspects();
+        self.start_calls();
         for station in STATIONS {
             self.serve(station);
         }
     }
 
     fn take(&mut self) {
-        let backlog = self.stations[&Station::Commit].waiting.len() + self.parts.outbox.pending();
+        let backlog = self.station(Station::Commit).waiting.len() + self.parts.outbox.pending();
         if self.draining || !self.alone.is_empty() || self.solo.is_some() || backlog > BACKLOG {
             return;
         }
-        while self.active < self.parts.concurrency {
+        let most = (2 * self.pace).min(AHEAD).max(self.parts.concurrency);
+        while self.active + self.ahead < most {
             let Some((key, id)) = self.schedule.take() else { return };
             let Some(job) = self.jobs.get_mut(&id) else {
                 self.schedule.finish(&key);
                 continue;
             };
             job.key = Some(key);
-            self.active += 1;
+            self.ahead += 1;
             if job.seen().is_some() {
                 self.enqueue(Station::Look, id);
             } else {
                 // Nothing can be known of it.
-                self.looked(id, None);
+                self.ready.push_back(id);
             }
         }
     }
@@ -311,17 +341,6 @@ impl Pipeline {
             tracing::debug!(?oldest, jobs = self.jobs.len(), "the oldest delivery here");
         }
     }
-}
-
-/// Whether a job holds one of the places for handlers.
-fn is_active(job: &Job) -> bool {
-    job.key.is_some() && matches!(job.state, State::Received | State::Suspected { .. } | State::Running(_))
-}
-
-fn hash(key: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    hasher.finish()
 }
 
 fn now_ms() -> i64 {

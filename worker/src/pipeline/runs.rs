@@ -6,9 +6,38 @@ use crate::handler::{self, Call, Context};
 use crate::job::Mark;
 use crate::metrics::{self, names};
 use crate::store::Start;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
 use warren_shared::delivery::{Action, Fact, State};
 use warren_shared::retry::Failure;
+
+/// Handlers that end at once may share a task for so long.
+const BRIEF: Duration = Duration::from_micros(500);
+
+/// A handler's call.
+pub(super) struct Started {
+    id: Id,
+    call: BoxFuture<'static, handler::Outcome>,
+}
+
+impl Started {
+    async fn alone(
+        mut self,
+        since: Instant,
+        tell: mpsc::UnboundedSender<News>,
+        mut interrupted: watch::Receiver<bool>,
+    ) {
+        let outcome = tokio::select! {
+            biased;
+            _ = interrupted.wait_for(|interrupted| *interrupted) => handler::Outcome::Interrupted,
+            outcome = &mut self.call => outcome,
+        };
+        metrics::observe(names::HANDLER_SECONDS, since.elapsed().as_secs_f64());
+        let _ = tell.send(News::Handled(vec![(self.id, outcome)]));
+    }
+}
 
 impl Pipeline {
     pub(super) fn launch(&mut self, id: Id) {
@@ -22,13 +51,38 @@ impl Pipeline {
         };
         let context = Context { timeout: route.timeout, ..self.parts.context.clone() };
         let call = handler.handle(Call { event, attempt: run.attempt, context });
-        let (tell, since) = (self.tell.clone(), Instant::now());
-        let task = tokio::spawn(async move {
-            let outcome = call.await;
-            metrics::observe(names::HANDLER_SECONDS, since.elapsed().as_secs_f64());
-            let _ = tell.send(News::Handled(id, outcome));
+        self.calls.push(Started { id, call });
+    }
+
+    /// Runs what was launched in this turn. One task polls each call once; only what does not end at once, or comes
+    /// after one that computes for long, costs a task of its own.
+    pub(super) fn start_calls(&mut self) {
+        if self.calls.is_empty() {
+            return;
+        }
+        let (mut calls, tell) = (std::mem::take(&mut self.calls).into_iter(), self.tell.clone());
+        let interrupted = self.interrupted.subscribe();
+        tokio::spawn(async move {
+            let (begun, mut ended) = (Instant::now(), Vec::with_capacity(calls.len()));
+            let (mut now, seconds) = (begun, metrics::histogram(names::HANDLER_SECONDS));
+            let alone = |call: Started, since| drop(tokio::spawn(call.alone(since, tell.clone(), interrupted.clone())));
+            while now - begun < BRIEF
+                && let Some(mut started) = calls.next()
+            {
+                let since = now;
+                let outcome = (&mut started.call).now_or_never();
+                now = Instant::now();
+                match outcome {
+                    Some(outcome) => {
+                        seconds.record((now - since).as_secs_f64());
+                        ended.push((started.id, outcome));
+                    }
+                    None => alone(started, since),
+                }
+            }
+            calls.for_each(|started| alone(started, now));
+            let _ = tell.send(News::Handled(ended));
         });
-        job.abort = Some(task.abort_handle());
     }
 
     pub(super) fn handled(&mut self, id: Id, outcome: handler::Outcome) {
@@ -128,7 +182,7 @@ impl Pipeline {
     pub(super) fn turn_of_the_suspects(&mut self) {
         let unrecorded = |s: &Queue| s.busy || !s.waiting.is_empty();
         let before = [Station::Commit, Station::Publish, Station::Start, Station::Unstart];
-        let busy = before.iter().any(|s| unrecorded(&self.stations[s]));
+        let busy = before.iter().any(|s| unrecorded(self.station(*s)));
         if self.solo.is_none()
             && self.active == self.alone.len()
             && !busy

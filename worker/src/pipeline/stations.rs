@@ -16,7 +16,7 @@ use warren_shared::delivery::{self, Action, Fact, State};
 use warren_shared::{Identity, Message};
 
 /// Where work gathers for a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Station {
     Look,
     Start,
@@ -40,12 +40,34 @@ pub(super) struct Queue {
 
 impl Pipeline {
     pub(super) fn looked(&mut self, id: Id, known: Option<Committed>) {
+        let Some(proof) = known else { return self.ready.push_back(id) };
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.proof = Some(Proof::Committed(proof));
+        metrics::count(names::DUPLICATES, 1);
+        self.known(id, Fact::Known);
+    }
+
+    /// Gives the places for handlers to those that wait for one; not beside a suspect, and not in a drain, as they have
+    /// not begun.
+    pub(super) fn admit_ready(&mut self) {
+        if self.draining {
+            std::mem::take(&mut self.ready).into_iter().for_each(|id| self.fact(id, Fact::Gone));
+        }
+        while self.active < self.parts.concurrency
+            && self.alone.is_empty()
+            && self.solo.is_none()
+            && let Some(id) = self.ready.pop_front()
+        {
+            self.unknown(id);
+        }
+    }
+
+    /// The store knows nothing of it, and there is a place for it.
+    fn unknown(&mut self, id: Id) {
+        let Some(job) = self.jobs.get(&id) else { return };
         let attempt = job.attempt();
-        let fact = if let Some(proof) = known {
-            job.proof = Some(Proof::Committed(proof));
-            metrics::count(names::DUPLICATES, 1);
-            return self.known(id, Fact::Known);
+        let fact = if !job.ticket.is_live() {
+            Fact::Gone
         } else if job.route().is_none() {
             Fact::Unrouted
         } else if job.redelivered {
@@ -68,7 +90,7 @@ impl Pipeline {
         metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
         let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
         let mut effects = VecDeque::from(effects);
-        let mut relay = Vec::new();
+        let (mut relay, mut handled) = (Vec::new(), vec![0; self.parts.house.topology.lanes.iter().count()]);
         let recorded = |s: &mut Self, id: Id, recorded: Recorded| {
             let effect = effects.pop_front();
             let (proof, fact) = match recorded {
@@ -77,7 +99,7 @@ impl Pipeline {
                         let row = |(id, message)| Row { id, partition: partition.clone(), message };
                         relay.extend(rows.into_iter().zip(out).map(row));
                     }
-                    s.tally(id);
+                    s.tally(id, &mut handled);
                     (proof, Fact::Committed)
                 }
                 Recorded::Superseded(proof) => {
@@ -91,6 +113,9 @@ impl Pipeline {
             if fact == Fact::Superseded { s.known(id, fact) } else { s.fact(id, fact) }
         };
         self.answered(Station::Commit, ids, answer, recorded);
+        for (lane, count) in self.parts.house.topology.lanes.iter().zip(handled).filter(|(_, count)| *count > 0) {
+            metrics::count_by(names::HANDLED, "lane", lane.name.clone(), count);
+        }
         if !relay.is_empty() {
             self.parts.outbox.push(relay);
         }
@@ -124,15 +149,15 @@ impl Pipeline {
         self.answered(Station::Relay, ids, answer, known);
     }
 
-    /// Counts and logs a recorded outcome.
-    pub(super) fn tally(&self, id: Id) {
+    /// Counts a recorded outcome; logs a death.
+    pub(super) fn tally(&self, id: Id, handled: &mut [u64]) {
         let Some(job) = self.jobs.get(&id) else { return };
         match job.state.action() {
             Action::CommitDead(doom) => {
-                let cause = job.cause(doom, &self.handler_name(job));
+                let cause = job.cause(doom, self.handler_name(job));
                 self.buried(job, cause.reason, &cause.error, cause.attempts);
             }
-            _ => metrics::count_by(names::HANDLED, "lane", job.ticket.place().lane_name.clone(), 1),
+            _ => handled[job.ticket.place().lane] += 1,
         }
     }
 
@@ -217,7 +242,7 @@ impl Pipeline {
     }
 
     pub(super) fn rested(&mut self, station: Station) {
-        let queue = self.station(station);
+        let queue = self.station_mut(station);
         (queue.busy, queue.failures) = (false, 0);
     }
 
@@ -230,10 +255,10 @@ impl Pipeline {
                     let again = delivery::next(job.state, Fact::Broken, &self.parts.law);
                     debug_assert!(again.is_ok_and(|(state, _)| state == job.state), "a broken action repeats itself");
                 }
-                self.station(station).waiting.push_front(id);
+                self.station_mut(station).waiting.push_front(id);
             }
         }
-        let queue = self.station(station);
+        let queue = self.station_mut(station);
         queue.failures += 1;
         let pause = Duration::from_millis(50 << queue.failures.min(6));
         let tell = self.tell.clone();
@@ -244,20 +269,24 @@ impl Pipeline {
     }
 
     pub(super) fn enqueue(&mut self, station: Station, id: Id) {
-        self.station(station).waiting.push_back(id);
+        self.station_mut(station).waiting.push_back(id);
     }
 
-    pub(super) fn station(&mut self, station: Station) -> &mut Queue {
-        self.stations.entry(station).or_default()
+    pub(super) fn station(&self, station: Station) -> &Queue {
+        &self.stations[station as usize]
+    }
+
+    pub(super) fn station_mut(&mut self, station: Station) -> &mut Queue {
+        &mut self.stations[station as usize]
     }
 
     pub(super) fn quiet(&self) -> bool {
-        self.stations.values().all(|queue| queue.waiting.is_empty())
+        self.stations.iter().all(|queue| queue.waiting.is_empty())
     }
 
     /// Starts the station's next batch, if none is under way.
     pub(super) fn serve(&mut self, station: Station) {
-        let queue = self.station(station);
+        let queue = self.station_mut(station);
         if queue.busy || queue.waiting.is_empty() {
             return;
         }
@@ -274,10 +303,11 @@ impl Pipeline {
         if ids.is_empty() {
             return;
         }
-        self.station(station).busy = true;
+        self.station_mut(station).busy = true;
         let (store, tell) = (self.parts.store.clone(), self.tell.clone());
         match station {
             Station::Look => {
+                self.pace = 0;
                 let asked: Vec<Seen> = ids.iter().filter_map(|id| self.jobs.get(id)?.seen()).collect();
                 tokio::spawn(async move {
                     let answer = store.look(asked).await;
@@ -299,11 +329,11 @@ impl Pipeline {
                 });
             }
             Station::Commit => {
-                let names: Vec<String> =
-                    ids.iter().map(|id| self.jobs.get(id).map(|j| self.handler_name(j)).unwrap_or_default()).collect();
-                let Self { jobs, parts, .. } = self;
-                let effect = |(id, name): (&Id, &String)| jobs.get_mut(id)?.effect(&parts.house, name);
-                let effects: Arc<Vec<Effect>> = Arc::new(ids.iter().zip(&names).filter_map(effect).collect());
+                let effect = |id: &Id| {
+                    let job = self.jobs.get(id)?;
+                    job.effect(&self.parts.house, || self.handler_name(job))
+                };
+                let effects: Arc<Vec<Effect>> = Arc::new(ids.iter().filter_map(effect).collect());
                 fault::point("before-commit");
                 tokio::spawn(async move {
                     let since = Instant::now();
@@ -312,7 +342,7 @@ impl Pipeline {
                 });
             }
             Station::Relay => {
-                let mut partitions: BTreeMap<String, Vec<Id>> = BTreeMap::new();
+                let mut partitions: BTreeMap<Arc<str>, Vec<Id>> = BTreeMap::new();
                 for id in ids {
                     if let Some(job) = self.jobs.get(&id) {
                         partitions.entry(job.ticket.place().queue.clone()).or_default().push(id);

@@ -81,7 +81,7 @@ pub struct Effect {
     /// The record of its start to take back.
     pub started: Option<Identity>,
     /// The partition that it came from: outgoing events keep its order.
-    pub partition: String,
+    pub partition: Arc<str>,
     /// What it sends.
     pub out: Vec<Message>,
 }
@@ -110,7 +110,7 @@ pub struct Row {
     /// Its id; ascending in the order of commits.
     pub id: i64,
     /// The partition that it belongs to.
-    pub partition: String,
+    pub partition: Arc<str>,
     /// What to publish.
     pub message: Message,
 }
@@ -119,7 +119,7 @@ pub struct Row {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Left {
     /// All of a partition, whoever wrote them: the broker made us its active consumer.
-    In(String),
+    In(Arc<str>),
     /// All of workers that were not heard of for so long.
     Silent(Duration),
 }

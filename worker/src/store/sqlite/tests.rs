@@ -1,5 +1,6 @@
 //! The exam, and what only a file can do wrong.
 use super::*;
+use crate::store::Outcome;
 use crate::store::exam::{Candidate, exam};
 use std::sync::Barrier;
 
@@ -142,4 +143,97 @@ async fn the_file_is_durable_by_its_settings() {
     };
     assert_eq!(ask("journal_mode").await.expect("answers"), rusqlite::types::Value::Text("wal".into()));
     assert_eq!(ask("synchronous").await.expect("answers"), rusqlite::types::Value::Integer(2));
+}
+
+/// What the inbox must answer, in the simplest way: the outcome of each event, and up to which replay it is dead.
+#[derive(Default)]
+struct Model(std::collections::HashMap<u16, Option<u32>>);
+
+impl Model {
+    fn knows(&self, id: u16, replayed: u32) -> bool {
+        self.0.get(&id).is_some_and(|death| death.is_none_or(|until| until >= replayed))
+    }
+
+    fn record(&mut self, id: u16, replayed: u32, outcome: Outcome) -> bool {
+        let fresh = !self.knows(id, replayed);
+        if fresh {
+            self.0.insert(id, (outcome == Outcome::Dead).then_some(replayed));
+        }
+        fresh
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
+    #[test]
+    fn three_processes_and_every_seal_agree_with_the_simplest_inbox(
+        batches in proptest::collection::vec(
+            (0_usize..3, proptest::collection::vec((0_u16..1500, 0_u32..3, 0_u8..6), 1..90)), 1..40),
+        reopened in 0_usize..40,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("warren.db");
+        let open = |worker: usize| Sqlite::open(&path, &worker.to_string()).expect("it opens");
+        let mut stores = [open(0), open(1), open(2)];
+        let mut model = Model::default();
+        for (step, (who, batch)) in batches.into_iter().enumerate() {
+            if step == reopened {
+                stores[who] = open(who);
+            }
+            let seen = |(id, replayed): (u16, u32)| Seen { identity: Identity::of("/m", &id.to_string()), replayed };
+            let outcome = |dice: u8| if dice == 0 { Outcome::Dead } else { Outcome::Done };
+            let effects: Vec<Effect> = batch.iter().map(|(id, replayed, dice)| Effect {
+                seen: Some(seen((*id, *replayed))), outcome: outcome(*dice), started: None,
+                partition: "p00".into(), out: Vec::new(),
+            }).collect();
+            let known: Vec<bool> = batch.iter().map(|(id, replayed, _)| model.knows(*id, *replayed)).collect();
+            let looked = runtime.block_on(stores[(who + 1) % 3].look(effects.iter().filter_map(|e| e.seen).collect()));
+            let looked: Vec<bool> = looked.expect("answers").iter().map(Option::is_some).collect();
+            proptest::prop_assert_eq!(looked, known);
+            let fresh: Vec<bool> = batch.iter().map(|(id, r, dice)| model.record(*id, *r, outcome(*dice))).collect();
+            let recorded = runtime.block_on(stores[who].commit(Arc::new(effects))).expect("takes them");
+            let recorded: Vec<bool> = recorded.iter().map(|r| matches!(r, Recorded::Fresh(..))).collect();
+            proptest::prop_assert_eq!(recorded, fresh);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_run_is_forgotten_whole_with_the_deaths_in_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let (ours, theirs) = (Sqlite::open(&path, "a").expect("it opens"), Sqlite::open(&path, "b").expect("it opens"));
+    let named = |what: &str, outcome| {
+        let id = |i| Identity::of("/tests", &format!("{what} {i}"));
+        let effect =
+            |i| Effect { seen: Some(Seen { identity: id(i), replayed: 0 }), outcome, out: vec![], ..effect("", 0) };
+        (0..300).map(effect).collect::<Vec<_>>()
+    };
+    let known = async |store: &Sqlite, effects: &[Effect]| {
+        let answers = store.look(effects.iter().filter_map(|effect| effect.seen).collect()).await.expect("answers");
+        answers.iter().filter(|known| known.is_some()).count()
+    };
+    let (old, young) = (named("old", Outcome::Dead), named("young", Outcome::Dead));
+    ours.commit(Arc::new(old.clone())).await.expect("takes them");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    theirs.commit(Arc::new(young.clone())).await.expect("takes them");
+    assert_eq!((known(&ours, &old).await, known(&theirs, &young).await), (300, 300));
+
+    assert_eq!(ours.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers"), 300);
+    let dead = |tx: &Transaction<'_>| tx.query_row("SELECT count(*) FROM dead", [], |row| row.get::<_, i64>(0));
+    assert_eq!(ours.run(dead).await.expect("answers"), 300, "the deaths of what is known, and no others");
+    for store in [&ours, &Sqlite::open(&path, "c").expect("it opens")] {
+        assert_eq!((known(store, &old).await, known(store, &young).await), (0, 300));
+    }
+    // A death that is forgotten leaves nothing behind: the event is new, and its success is one.
+    let done: Vec<Effect> = old.into_iter().map(|effect| Effect { outcome: Outcome::Done, ..effect }).collect();
+    let recorded = ours.commit(Arc::new(done.clone())).await.expect("takes them");
+    assert!(recorded.iter().all(|recorded| matches!(recorded, Recorded::Fresh(..))));
+    let later: Vec<Effect> = done
+        .into_iter()
+        .map(|effect| Effect { seen: effect.seen.map(|seen| Seen { replayed: 5, ..seen }), ..effect })
+        .collect();
+    assert_eq!(known(&ours, &later).await, 300, "a success is final");
 }

@@ -1,8 +1,12 @@
 //! The store in a file: SQLite in WAL mode with `synchronous=FULL`, shared by the processes of one machine.
 //!
 //! One thread owns the connection and does one call after the other; a batch is a call, a call is a transaction.
-use super::{Committed, Effect, Left, Outcome, Recorded, Reply, Row, Seen, Start, Store, StoreError};
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+mod filter;
+mod inbox;
+
+use self::inbox::{Fresh, Inbox};
+use super::{Committed, Effect, Left, Recorded, Reply, Row, Seen, Start, Store, StoreError};
+use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,10 +14,8 @@ use tokio::sync::oneshot;
 use warren_shared::{Identity, Message};
 
 /// The schema, a step an entry; a store remembers how many it has.
-const SCHEMA: [&str; 1] = ["
+const SCHEMA: [&str; 2] = [inbox::TABLES, "
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE inbox (identity BLOB PRIMARY KEY, outcome INTEGER NOT NULL, replayed INTEGER NOT NULL, at INTEGER NOT NULL)
-        WITHOUT ROWID;
     CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, worker TEXT NOT NULL, partition TEXT NOT NULL,
@@ -24,10 +26,20 @@ const SCHEMA: [&str; 1] = ["
 /// How long a lock of another process is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-const DONE: i64 = 0;
-const DEAD: i64 = 1;
+type Job = Box<dyn FnOnce(&mut Desk) + Send>;
 
-type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+/// What the store's thread owns.
+#[derive(Debug)]
+struct Desk {
+    connection: Connection,
+    inbox: Inbox,
+}
+
+impl Desk {
+    fn write(&mut self) -> rusqlite::Result<(Transaction<'_>, &mut Inbox)> {
+        Ok((self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?, &mut self.inbox))
+    }
+}
 
 /// The store in a file.
 #[derive(Debug)]
@@ -59,10 +71,11 @@ impl Sqlite {
         migrate(&mut connection, refuse)?;
         let identity = identity(&mut connection).map_err(refuse)?;
 
+        let mut desk = Desk { connection, inbox: Inbox::default() };
         let (jobs, queue) = mpsc::channel::<Job>();
         std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || queue.into_iter().for_each(|job| job(&mut connection)))
+            .spawn(move || queue.into_iter().for_each(|job| job(&mut desk)))
             .map_err(|e| StoreError::Unavailable(e.to_string()))?;
         Ok(Self { jobs, worker: worker.into(), identity, slice: 0.into() })
     }
@@ -73,8 +86,8 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     {
-        self.call(move |connection| {
-            let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        self.call(move |desk| {
+            let (tx, _) = desk.write()?;
             let value = work(&tx)?;
             tx.commit().map(|()| value)
         })
@@ -84,12 +97,12 @@ impl Sqlite {
     fn call<T, F>(&self, work: F) -> Reply<T>
     where
         T: Send + 'static,
-        F: FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
+        F: FnOnce(&mut Desk) -> rusqlite::Result<T> + Send + 'static,
     {
         let (tell, answer) = oneshot::channel();
-        let job: Job = Box::new(move |connection| {
+        let job: Job = Box::new(move |desk| {
             // The caller may have been dropped by a drain.
-            let _ = tell.send(work(connection).map_err(|e| StoreError::Unavailable(e.to_string())));
+            let _ = tell.send(work(desk).map_err(|e| StoreError::Unavailable(e.to_string())));
         });
         let sent = self.jobs.send(job);
         Box::pin(async move {
@@ -153,29 +166,21 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// Whether a row of the inbox makes this event known.
-fn known(tx: &Transaction<'_>, seen: &Seen) -> rusqlite::Result<bool> {
-    let mut find = tx.prepare_cached("SELECT outcome, replayed FROM inbox WHERE identity = ?1")?;
-    let row: Option<(i64, u32)> =
-        find.query_row([seen.identity.as_bytes()], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
-    Ok(row.is_some_and(|(outcome, replayed)| outcome == DONE || replayed >= seen.replayed))
-}
-
-fn record(tx: &Transaction<'_>, worker: &str, effect: &Effect, at: i64) -> rusqlite::Result<Recorded> {
+fn record(
+    tx: &Transaction<'_>,
+    inbox: &Inbox,
+    fresh: &mut Fresh,
+    worker: &str,
+    effect: &Effect,
+    at: i64,
+) -> rusqlite::Result<Recorded> {
     if let Some(identity) = effect.started {
         tx.prepare_cached("DELETE FROM starts WHERE identity = ?1")?.execute([identity.as_bytes()])?;
     }
-    if let Some(seen) = &effect.seen {
-        // First come, first served: the row is the claim. Only the death of an earlier replay gives way.
-        let outcome = if effect.outcome == Outcome::Done { DONE } else { DEAD };
-        let mut insert = tx.prepare_cached(
-            "INSERT INTO inbox VALUES (?1, ?2, ?3, ?4) ON CONFLICT (identity) DO UPDATE
-             SET outcome = excluded.outcome, replayed = excluded.replayed, at = excluded.at
-             WHERE outcome = 1 AND replayed < excluded.replayed",
-        )?;
-        if insert.execute(params![seen.identity.as_bytes(), outcome, seen.replayed, at])? == 0 {
-            return Ok(Recorded::Superseded(Committed(())));
-        }
+    if let Some(seen) = &effect.seen
+        && !inbox.claim(tx, fresh, seen, effect.outcome, at)?
+    {
+        return Ok(Recorded::Superseded(Committed(())));
     }
     let mut rows = Vec::with_capacity(effect.out.len());
     for message in &effect.out {
@@ -185,6 +190,17 @@ fn record(tx: &Transaction<'_>, worker: &str, effect: &Effect, at: i64) -> rusql
         rows.push(tx.last_insert_rowid());
     }
     Ok(Recorded::Fresh(Committed(()), rows))
+}
+
+fn prune(desk: &mut Desk, slice: u8, before: i64) -> rusqlite::Result<u64> {
+    let (tx, inbox) = desk.write()?;
+    let from = vec![slice];
+    let to = if slice == u8::MAX { vec![u8::MAX; 17] } else { vec![slice + 1] };
+    let starts = tx
+        .prepare_cached("DELETE FROM starts WHERE identity >= ?1 AND identity < ?2 AND at < ?3")?
+        .execute(params![from, to, before])?;
+    let gone = starts as u64 + u64::try_from(inbox.prune(&tx, before)?).unwrap_or(0);
+    tx.commit().map(|()| gone)
 }
 
 fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
@@ -198,9 +214,10 @@ fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
 impl Store for Sqlite {
     fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>> {
         // A read: no write lock, so that it never waits for another process that writes.
-        self.call(move |connection| {
+        self.call(move |Desk { connection, inbox }| {
             let tx = connection.unchecked_transaction()?;
-            asked.iter().map(|seen| Ok(known(&tx, seen)?.then_some(Committed(())))).collect()
+            inbox.refresh(&tx)?;
+            asked.iter().map(|seen| Ok(inbox.knows(&tx, seen)?.then_some(Committed(())))).collect()
         })
     }
 
@@ -242,9 +259,16 @@ impl Store for Sqlite {
 
     fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>> {
         let worker = self.worker.clone();
-        self.run(move |tx| {
-            let at = now();
-            effects.iter().map(|effect| record(tx, &worker, effect, at)).collect()
+        self.call(move |desk| {
+            let (tx, inbox) = desk.write()?;
+            inbox.refresh(&tx)?;
+            let (mut fresh, at) = (Fresh::default(), now());
+            let record = |effect: &Effect| record(&tx, inbox, &mut fresh, &worker, effect, at);
+            let recorded = effects.iter().map(record).collect::<rusqlite::Result<Vec<_>>>()?;
+            inbox.write(&tx, &mut fresh, at)?;
+            tx.commit()?;
+            inbox.remember(fresh);
+            Ok(recorded)
         })
     }
 
@@ -299,18 +323,15 @@ impl Store for Sqlite {
     }
 
     fn prune(&self, window: Duration) -> Reply<u64> {
-        // A 256th of the identities a call: no index on time to pay for at every commit, no long pause here.
+        // A 256th of the starts a call: no index on time to pay for at every start, no long pause here.
         let slice = self.slice.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let before = now() - i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
-        self.run(move |tx| {
-            let from = vec![slice];
-            let to = if slice == u8::MAX { vec![u8::MAX; 17] } else { vec![slice + 1] };
-            let mut gone = 0;
-            for table in ["inbox", "starts"] {
-                let sql = format!("DELETE FROM {table} WHERE identity >= ?1 AND identity < ?2 AND at < ?3");
-                gone += tx.prepare_cached(&sql)?.execute(params![from, to, before])?;
+        self.call(move |desk| {
+            let pruned = prune(desk, slice, before);
+            if pruned.is_err() {
+                desk.inbox = Inbox::default();
             }
-            Ok(gone as u64)
+            pruned
         })
     }
 
@@ -320,5 +341,4 @@ impl Store for Sqlite {
 }
 
 #[cfg(test)]
-#[path = "sqlite_tests.rs"]
 mod tests;

@@ -1,0 +1,57 @@
+//! The rows, a file a group. Each round runs every row of a group once, so that what drifts drifts for all.
+mod backlog;
+pub(crate) mod drain;
+mod inbox;
+mod latency;
+mod publish;
+mod start;
+
+use crate::bench::Bench;
+use crate::measure::Figures;
+use crate::results::Results;
+
+/// A group of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Row {
+    /// Queues that are full, emptied.
+    Drain,
+    /// Events onto the bus, confirmed.
+    Publish,
+    /// From publish to handled at 2,000 events a second.
+    Latency,
+    /// A million events in one go.
+    Backlog,
+    /// Few and many known ids.
+    Inbox,
+    /// From the start of the process to the first event.
+    Start,
+}
+
+impl Row {
+    /// Those that were asked for; all where none was.
+    pub(crate) fn chosen(asked: &[Self]) -> Vec<Self> {
+        let all = [Self::Drain, Self::Publish, Self::Latency, Self::Backlog, Self::Inbox, Self::Start];
+        all.into_iter().filter(|row| asked.is_empty() || asked.contains(row)).collect()
+    }
+
+    /// Measures it.
+    pub(crate) fn run(self, bench: &Bench, results: &mut Results) -> anyhow::Result<()> {
+        match self {
+            Self::Drain => drain::run(bench, results),
+            Self::Publish => publish::run(bench, results),
+            Self::Latency => latency::run(bench, results),
+            Self::Backlog => backlog::run(bench, results),
+            Self::Inbox => inbox::run(bench, results),
+            Self::Start => start::run(bench, results),
+        }
+    }
+}
+
+/// Notes a run's figures and tells them.
+fn note(results: &mut Results, row: &str, round: u32, figures: Figures) {
+    let Figures { per_s, cpu_us, rss_mb } = figures;
+    results.put(&format!("{row}.per_s"), round, per_s);
+    results.put(&format!("{row}.cpu_us"), round, cpu_us);
+    results.put(&format!("{row}.rss_mb"), round, rss_mb);
+    crate::bench::say(&format!("{round:>2}  {row:<22} {per_s:>8.0}/s  {cpu_us:>6.1} µs  {rss_mb:>6.1} MB"));
+}
