@@ -39,7 +39,7 @@ async function drain(connection) {
 
 async function publish(connection) {
   const channel = await connection.createConfirmChannel()
-  const body = Buffer.from(JSON.stringify({ data: 'x'.repeat(SIZE - 11) }))
+  const body = Buffer.from(JSON.stringify({ data: 'x'.repeat(SIZE - 11) })) // the same size
   let sent = 0
   let confirmed = 0
   console.log('first')
@@ -53,12 +53,22 @@ async function publish(connection) {
     }
     function fill() {
       for (; sent < COUNT && sent - confirmed < WINDOW; sent++) {
+        // The same message as the others publish: an event in CloudEvents' binary form.
+        const [id, key] = [randomUUID(), `key-${String(sent % KEYS).padStart(4, '0')}`]
         const properties = {
           persistent: true,
           mandatory: true,
           contentType: 'application/json',
-          messageId: randomUUID(),
-          correlationId: `k${sent % KEYS}`,
+          messageId: id,
+          correlationId: key,
+          type: BENCH_ROUTING_KEY,
+          headers: {
+            cloudEvents_specversion: '1.0',
+            cloudEvents_id: id,
+            cloudEvents_source: '/bench',
+            cloudEvents_type: BENCH_ROUTING_KEY,
+            cloudEvents_partitionkey: key,
+          },
         }
         channel.publish(BENCH_EXCHANGE, BENCH_ROUTING_KEY, body, properties, settle)
       }

@@ -44,7 +44,7 @@ pub fn next(input: &mut impl BufRead, number: &mut u64, limit: usize) -> io::Res
             if available.is_empty() {
                 break;
             }
-            let end = available.iter().position(|b| *b == b'\n');
+            let end = memchr::memchr(b'\n', available);
             let taken = end.unwrap_or(available.len());
             let room = limit.saturating_sub(text.len()).min(taken);
             text.extend_from_slice(&available[..room]);

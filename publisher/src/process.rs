@@ -86,7 +86,11 @@ pub fn run<F>(command: F) -> anyhow::Result<ExitCode>
 where
     F: Future<Output = anyhow::Result<ExitCode>>,
 {
-    let runtime = tokio::runtime::Runtime::new()?;
+    // One core is left to the threads that read the sockets and write the store: on two cores a second thread for tasks
+    // costs each event two microseconds more.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores.saturating_sub(1).max(1);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     let result = runtime.block_on(command);
     // A thread that reads a terminal does not end by itself.
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));

@@ -4,7 +4,7 @@ use crate::lines::{self, Line, Reading};
 use crate::publish::{Health, Options, Outcome, Publisher, Refused};
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -93,12 +93,12 @@ const CHUNK_BYTES: usize = 4 << 20;
 /// # Errors
 /// The input or the rejects file cannot be opened, or the broker cannot be reached at the start.
 pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> {
-    let (input, size): (Box<dyn BufRead + Send>, Option<u64>) = match &order.file {
-        None => (Box::new(BufReader::new(std::io::stdin())), None),
+    let (input, size): (Box<dyn Read + Send>, Option<u64>) = match &order.file {
+        None => (Box::new(std::io::stdin()), None),
         Some(path) => {
             let file = std::fs::File::open(path).with_context(|| format!("cannot open '{}'", path.display()))?;
             let size = file.metadata().ok().map(|m| m.len()).filter(|size| *size > 0);
-            (Box::new(BufReader::with_capacity(1 << 16, file)), size)
+            (Box::new(file), size)
         }
     };
     let rejects = match &order.rejects {
@@ -119,9 +119,10 @@ pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> 
     let (feed, items) = mpsc::channel(8);
     let feeder = Feeder { publisher, order: order.clone(), settings: settings.clone(), feed, stop: stop.clone() };
     // Reading a terminal or a pipe blocks a thread of its own; the process does not wait for it at the end.
-    let (lines, read) = mpsc::channel(CHUNK);
+    let (lines, read) = mpsc::channel(2);
     let limit = settings.limits.body;
     let runtime = tokio::runtime::Handle::current();
+    let input = BufReader::with_capacity(1 << 18, input);
     std::thread::spawn(move || read_lines(input, limit, &lines, &runtime));
     tokio::spawn(feeder.run(read));
     Collector { account: Account::default(), rejects, screen, shown: 0 }.run(items, stop).await
@@ -148,27 +149,41 @@ fn interrupted() -> tokio::sync::watch::Receiver<bool> {
     stop
 }
 
+/// Hands on what one read of the input brought, in chunks: a line that comes alone waits for no other.
 fn read_lines(
-    mut input: Box<dyn BufRead + Send>,
+    mut input: BufReader<impl Read>,
     limit: usize,
-    lines: &mpsc::Sender<std::io::Result<Held>>,
+    chunks: &mpsc::Sender<Vec<std::io::Result<Held>>>,
     runtime: &tokio::runtime::Handle,
 ) {
     let room = Arc::new(Semaphore::new(BYTES));
-    let mut number = 0;
-    loop {
-        let line = match lines::next(&mut input, &mut number, limit.saturating_add(1)) {
-            Ok(None) => return,
+    let (mut number, mut chunk, mut ended) = (0, Vec::new(), false);
+    while !ended {
+        match lines::next(&mut input, &mut number, limit.saturating_add(1)) {
+            Ok(None) => ended = true,
             Ok(Some(line)) => {
                 let size = line.text.len().clamp(1, BYTES) as u32;
-                // The semaphore is never closed.
-                let Ok(share) = runtime.block_on(room.clone().acquire_many_owned(size)) else { return };
-                Ok(Held { line, _share: share })
+                let share = match room.clone().try_acquire_many_owned(size) {
+                    Ok(share) => share,
+                    Err(_) => {
+                        // What is held here must be on its way before more room can be waited for.
+                        if chunks.blocking_send(std::mem::take(&mut chunk)).is_err() {
+                            return;
+                        }
+                        // The semaphore is never closed.
+                        let Ok(share) = runtime.block_on(room.clone().acquire_many_owned(size)) else { return };
+                        share
+                    }
+                };
+                chunk.push(Ok(Held { line, _share: share }));
             }
-            Err(error) => Err(error),
-        };
-        let end = line.is_err();
-        if lines.blocking_send(line).is_err() || end {
+            Err(error) => {
+                chunk.push(Err(error));
+                ended = true;
+            }
+        }
+        let is_due = ended || chunk.len() == CHUNK || !input.buffer().contains(&b'\n');
+        if is_due && chunks.blocking_send(std::mem::take(&mut chunk)).is_err() {
             return;
         }
     }
@@ -183,19 +198,25 @@ struct Feeder {
 }
 
 impl Feeder {
-    async fn run(mut self, mut read: mpsc::Receiver<std::io::Result<Held>>) {
+    async fn run(mut self, mut read: mpsc::Receiver<Vec<std::io::Result<Held>>>) {
         let started = Instant::now();
         let mut sent = 0_u64;
         let most = self.order.rate.map_or(CHUNK, |rate| (rate as usize / 20).clamp(1, CHUNK));
+        let mut waiting = Vec::new().into_iter();
         loop {
-            let mut next = tokio::select! {
-                biased;
-                _ = self.stop.wait_for(|stop| *stop) => return,
-                line = read.recv() => line,
-            };
+            let mut next = waiting.next();
             if next.is_none() {
-                let _ = self.feed.send(Item::End).await;
-                return;
+                let chunk = tokio::select! {
+                    biased;
+                    _ = self.stop.wait_for(|stop| *stop) => return,
+                    chunk = read.recv() => chunk,
+                };
+                let Some(chunk) = chunk else {
+                    let _ = self.feed.send(Item::End).await;
+                    return;
+                };
+                waiting = chunk.into_iter();
+                next = waiting.next();
             }
             let (mut lines, mut messages, mut bytes) = (Vec::new(), Vec::new(), 0);
             // What is waiting makes a chunk; what is slow to come is not waited for.
@@ -220,12 +241,15 @@ impl Feeder {
                     }
                 }
                 if lines.len() < most && bytes < CHUNK_BYTES {
-                    next = read.try_recv().ok();
+                    next = waiting.next();
                 }
             }
             if let Some(rate) = self.order.rate {
                 let due = started + Duration::from_secs_f64(sent as f64 / f64::from(rate));
                 tokio::time::sleep_until(due.into()).await;
+            }
+            if lines.is_empty() {
+                continue;
             }
             sent += lines.len() as u64;
             let outcomes = tokio::select! {

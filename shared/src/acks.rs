@@ -79,8 +79,9 @@ impl Ledger {
     /// One ack for everything that is settled before the first that is not.
     pub fn flush(&mut self) -> Option<Ack> {
         let mut prefix = None;
-        while let Some((tag, _)) = self.entries.pop_front_if(|(_, entry)| *entry != Entry::Open) {
+        while let Some((tag, _)) = self.entries.front().copied().filter(|(_, entry)| *entry != Entry::Open) {
             prefix = Some(Ack { tag, span: Span::UpTo });
+            self.entries.pop_front();
             self.settled -= 1;
         }
         prefix

@@ -57,6 +57,11 @@ pub const MAX_DEPTH: usize = 120;
 /// # Errors
 /// Says what is wrong and where; never quotes the text, which may be a secret.
 pub fn check(bytes: &[u8], max_depth: usize) -> Result<Json, JsonError> {
+    checked(bytes, max_depth).map(Json::part_of_checked)
+}
+
+/// The same, without a copy.
+pub(crate) fn checked(bytes: &[u8], max_depth: usize) -> Result<&str, JsonError> {
     let text = std::str::from_utf8(bytes).map_err(|e| JsonError::Utf8(e.valid_up_to()))?;
     let max_depth = max_depth.min(MAX_DEPTH);
     let mut parser = serde_json::Deserializer::from_str(text);
@@ -65,7 +70,7 @@ pub fn check(bytes: &[u8], max_depth: usize) -> Result<Json, JsonError> {
         .and_then(|()| parser.end())
         .map_err(|e| explain(&e, max_depth))?;
 
-    Ok(Json(text.trim().into()))
+    Ok(text.trim())
 }
 
 const DEEP: &str = "warren:too-deep";

@@ -3,8 +3,8 @@ use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt};
 use crate::json::{self, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
-use std::collections::BTreeMap;
 
 /// What a partial event (an `emit` of a handler) takes where it says nothing.
 #[derive(Clone, Debug)]
@@ -21,7 +21,14 @@ pub struct Defaults {
     pub trace: Option<String>,
 }
 
-type Members<'a> = BTreeMap<&'a str, &'a RawValue>;
+/// The members of an object, unparsed, in their order.
+struct Members<'a>(Vec<(&'a str, &'a str)>);
+
+impl<'a> Members<'a> {
+    fn get(&self, name: &str) -> Option<&'a str> {
+        self.0.iter().find_map(|(found, raw)| (*found == name).then_some(*raw))
+    }
+}
 
 impl Event {
     /// Reads a whole event from JSON.
@@ -29,8 +36,8 @@ impl Event {
     /// # Errors
     /// Says why it is not an event.
     pub fn from_json(text: &[u8], limits: Limits) -> Result<Self, Unreadable> {
-        let raw = checked(text, limits)?;
-        Self::read(&members(&raw)?, None, limits)
+        let text = checked(text, limits)?;
+        Self::read(&members(text)?, None, limits)
     }
 
     /// Reads an event that may leave out everything but its `type`.
@@ -38,8 +45,8 @@ impl Event {
     /// # Errors
     /// Says why it is not an event.
     pub fn from_partial(text: &[u8], limits: Limits, defaults: Defaults) -> Result<Self, Unreadable> {
-        let raw = checked(text, limits)?;
-        Self::read(&members(&raw)?, Some(defaults), limits)
+        let text = checked(text, limits)?;
+        Self::read(&members(text)?, Some(defaults), limits)
     }
 
     fn read(members: &Members<'_>, defaults: Option<Defaults>, limits: Limits) -> Result<Self, Unreadable> {
@@ -59,7 +66,7 @@ impl Event {
             None => (None, None),
         };
         let mut event = Self::new(or("id", id)?, or("source", source)?, required(members, "type")?)?;
-        for (name, raw) in members {
+        for (name, raw) in &members.0 {
             match *name {
                 "specversion" | "id" | "source" | "type" | "data" | "data_base64" => {}
                 _ => {
@@ -84,20 +91,21 @@ impl Event {
 
     fn set_data(&mut self, members: &Members<'_>, limits: Limits) -> Result<(), Unreadable> {
         let wrong = |name: &str, problem: &str| Unreadable::Attribute { name: name.into(), problem: problem.into() };
-        let set = |name| members.get(name).filter(|raw| raw.get() != "null");
+        let set = |name| members.get(name).filter(|raw| *raw != "null");
         if let Some(raw) = set("data_base64") {
             if set("data").is_some() {
                 return Err(wrong("data", "stands beside 'data_base64', only one may"));
             }
-            let bytes = serde_json::from_str::<String>(raw.get()).ok().and_then(|text| BASE64.decode(text).ok());
+            let bytes = serde_json::from_str::<String>(raw).ok().and_then(|text| BASE64.decode(text).ok());
             return self.set_body(&bytes.ok_or_else(|| wrong("data_base64", "is not base64"))?, limits);
         }
         // `null` is a JSON value like any other, but neither text nor bytes.
         let is_json = self.0.content_type.as_deref().is_none_or(is_json);
         let data = if is_json { members.get("data") } else { set("data") };
-        let data = data.map(|raw| match serde_json::from_str::<String>(raw.get()) {
-            Ok(text) if !is_json => Data::Text(text),
-            _ => Data::Json(Json::part_of_checked(raw.get())),
+        let text = |raw| if is_json { None } else { serde_json::from_str::<String>(raw).ok() };
+        let data = data.map(|raw| match text(raw) {
+            Some(text) => Data::Text(text),
+            None => Data::Json(Json::part_of_checked(raw)),
         });
         self.edit().data = data.filter(|data| !data.as_bytes().is_empty());
         Ok(())
@@ -154,16 +162,30 @@ impl Event {
     }
 }
 
-fn checked(text: &[u8], limits: Limits) -> Result<Json, Unreadable> {
+fn checked(text: &[u8], limits: Limits) -> Result<&str, Unreadable> {
     if text.len() > limits.body {
         return Err(Unreadable::TooLarge { size: text.len(), limit: limits.body });
     }
     // One level more: the event itself, around data that may be as deep as any body.
-    Ok(json::check(text, limits.depth.saturating_add(1))?)
+    Ok(json::checked(text, limits.depth.saturating_add(1))?)
 }
 
-fn members(raw: &Json) -> Result<Members<'_>, Unreadable> {
-    serde_json::from_str(raw.get()).map_err(|_| Unreadable::Attribute {
+fn members(text: &str) -> Result<Members<'_>, Unreadable> {
+    struct Read;
+    impl<'de> Visitor<'de> for Read {
+        type Value = Vec<(&'de str, &'de str)>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut members = Vec::with_capacity(16);
+            while let Some((name, raw)) = map.next_entry::<&str, &RawValue>()? {
+                members.push((name, raw.get()));
+            }
+            Ok(members)
+        }
+    }
+    serde_json::Deserializer::from_str(text).deserialize_map(Read).map(Members).map_err(|_| Unreadable::Attribute {
         name: "event".into(),
         problem: "is not a JSON object with plain member names".into(),
     })
@@ -178,9 +200,15 @@ fn required(members: &Members<'_>, name: &'static str) -> Result<String, Unreada
 }
 
 /// An attribute's value; `null` is as good as absent.
-fn scalar(name: &str, raw: &RawValue) -> Result<Option<Value>, Unreadable> {
+fn scalar(name: &str, raw: &str) -> Result<Option<Value>, Unreadable> {
     let wrong = |problem: &str| Unreadable::Attribute { name: excerpt(name), problem: problem.into() };
-    match serde_json::from_str::<serde_json::Value>(raw.get()) {
+    // Most are strings without escapes, which are read by cutting off the quotes.
+    if let Some(text) = raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'))
+        && !text.contains('\\')
+    {
+        return Ok(Some(Value::Text(text.into())));
+    }
+    match serde_json::from_str::<serde_json::Value>(raw) {
         Ok(serde_json::Value::Null) => Ok(None),
         Ok(serde_json::Value::Bool(b)) => Ok(Some(Value::Bool(b))),
         Ok(serde_json::Value::String(s)) => Ok(Some(Value::Text(s))),

@@ -46,8 +46,7 @@ pub(crate) fn main(name: &str, rest: &[String]) -> anyhow::Result<ExitCode> {
     let log = tracing_subscriber::fmt().with_writer(std::io::stderr);
     log.with_max_level(tracing_subscriber::filter::LevelFilter::WARN).init();
     let task = Task::from_environment()?;
-    // The runtime that the binaries have.
-    warren_publisher::process::run(async {
+    let work = async {
         match name {
             "raw_each" => raw::drain(task, raw::Acks::Each).await,
             "raw_multiple" => raw::drain(task, raw::Acks::Multiple { flush: None }).await,
@@ -59,7 +58,14 @@ pub(crate) fn main(name: &str, rest: &[String]) -> anyhow::Result<ExitCode> {
             other => anyhow::bail!("there is no client '{other}'"),
         }?;
         Ok(ExitCode::SUCCESS)
-    })
+    };
+    if name.contains("warren") {
+        // The runtime that the binaries have.
+        warren_publisher::process::run(work)
+    } else {
+        // The library's default, which is the best for loops by hand.
+        tokio::runtime::Runtime::new()?.block_on(work)
+    }
 }
 
 /// Says a line to the harness.

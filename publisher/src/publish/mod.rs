@@ -321,7 +321,7 @@ impl Desk {
                 }
             }
         };
-        for (_, flight) in std::mem::take(&mut wire.flying).into_iter().rev() {
+        for flight in std::mem::take(&mut wire.flying).into_iter().rev() {
             self.queue.push_front(flight.entry);
         }
         end

@@ -6,11 +6,12 @@ use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
-use lapin::{BasicProperties, Channel, Confirmation, Error};
-use std::collections::BTreeMap;
+use lapin::{BasicProperties, Channel, Confirmation, Error, PublisherConfirm};
+use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Poll, Wake, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -19,7 +20,17 @@ use warren_shared::Message;
 /// How long the confirms of a channel that ended may take to say so.
 const ENDING: Duration = Duration::from_secs(1);
 
-type Confirm = std::pin::Pin<Box<dyn Future<Output = (u64, lapin::Result<Confirmation>)> + Send>>;
+/// The broker's answer to come, for a message.
+pub(super) struct Confirm(u64, PublisherConfirm);
+
+impl Future for Confirm {
+    type Output = (u64, lapin::Result<Confirmation>);
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let sequence = self.0;
+        Pin::new(&mut self.1).poll(context).map(|answer| (sequence, answer))
+    }
+}
 
 /// A message between its publish and its outcome.
 pub(super) struct Flight {
@@ -43,7 +54,8 @@ pub(super) struct Wire {
     pub(super) blocked: watch::Receiver<Option<String>>,
     pub(super) confirms: FuturesUnordered<Confirm>,
     /// In order of publishing.
-    pub(super) flying: BTreeMap<u64, Flight>,
+    pub(super) flying: VecDeque<Flight>,
+    /// The number of the next message.
     next: u64,
     pub(super) failure: Option<Error>,
     /// Bytes of headers that a frame of this connection can hold.
@@ -58,7 +70,7 @@ impl Wire {
             channel,
             blocked: link.blocked(),
             confirms: FuturesUnordered::new(),
-            flying: BTreeMap::new(),
+            flying: VecDeque::new(),
             next: 0,
             failure: None,
             room: codec::header_room(link.connection().configuration().frame_max()),
@@ -78,7 +90,7 @@ impl Wire {
                 (Ok(properties), Ok(address)) => {
                     let (sequence, message) = (self.next, entry.message.clone());
                     ready.push(Ready { sequence, message, properties, address });
-                    self.flying.insert(sequence, Flight { entry, since, confirmed: None, returned: None });
+                    self.flying.push_back(Flight { entry, since, confirmed: None, returned: None });
                     self.next += 1;
                 }
                 (Err(error), _) | (_, Err(error)) => refused.push((entry, error.into())),
@@ -96,7 +108,7 @@ impl Wire {
         });
         for (sequence, published) in join_all(publishes).await {
             match published {
-                Ok(confirm) => self.confirms.push(Box::pin(async move { (sequence, confirm.await) })),
+                Ok(confirm) => self.confirms.push(Confirm(sequence, confirm)),
                 Err(error) => self.fail(error),
             }
         }
@@ -131,14 +143,16 @@ impl Wire {
             Ok(Confirmation::NotRequested) => (Err(Refused::Unknown), None),
             Err(error) => return self.fail(error),
         };
-        if let Some(flight) = self.flying.get_mut(&sequence) {
+        let first = self.next - self.flying.len() as u64;
+        let place = sequence.checked_sub(first).and_then(|place| usize::try_from(place).ok());
+        if let Some(flight) = place.and_then(|place| self.flying.get_mut(place)) {
             flight.confirmed = Some(outcome);
         }
         let Some(message) = returned else { return };
         let id = message.properties.message_id().as_ref().map(|id| id.as_str());
         let (exchange, key) = (message.exchange.as_str(), message.routing_key.as_str());
         // Copies of one address and id share one fate: whichever the broker meant, all were returned.
-        for flight in self.flying.values_mut() {
+        for flight in &mut self.flying {
             let m = &flight.entry.message;
             if m.message_id.as_deref() == id && m.exchange == exchange && m.routing_key == key {
                 flight.returned = Some(Refused::Returned {
@@ -162,14 +176,14 @@ impl Wire {
         self.drain();
         // Draining may resolve more of them: again, until nothing at the head is resolved.
         while self.failure.is_none() {
-            let certain = self.flying.values().take_while(|flight| flight.confirmed.is_some()).count();
+            let certain = self.flying.iter().take_while(|flight| flight.confirmed.is_some()).count();
             if certain == 0 {
                 break;
             }
             let _ = self.channel.wait_for_confirms().now_or_never();
             self.drain();
             for _ in 0..certain {
-                let Some((_, flight)) = self.flying.pop_first() else { break };
+                let Some(flight) = self.flying.pop_front() else { break };
                 let confirmed = flight.confirmed.unwrap_or(Err(Refused::Unknown));
                 outcomes.push((flight.entry, flight.returned.map_or(confirmed, Err)));
             }
@@ -186,14 +200,14 @@ impl Wire {
     /// When the oldest message in flight has waited too long. While the broker blocks, nothing is on its way.
     pub(super) fn deadline(&self, timeout: Duration) -> Instant {
         let now = Instant::now();
-        let oldest = self.flying.values().find(|f| f.confirmed.is_none()).map_or(now, |f| f.since);
+        let oldest = self.flying.iter().find(|f| f.confirmed.is_none()).map_or(now, |f| f.since);
         if self.is_blocked() { now + Duration::from_secs(3600) } else { oldest + timeout }
     }
 
     /// Starts the wait anew for what is in flight: the broker did not look at it while it blocked.
     pub(super) fn touch(&mut self) {
         let now = Instant::now();
-        self.flying.values_mut().for_each(|flight| flight.since = now);
+        self.flying.iter_mut().for_each(|flight| flight.since = now);
     }
 }
 
@@ -210,7 +224,7 @@ fn ready<F: Future>(futures: &mut FuturesUnordered<F>) -> Vec<F::Output> {
     let waker = Waker::from(woken.clone());
     let mut ready = Vec::new();
     loop {
-        match futures.poll_next_unpin(&mut std::task::Context::from_waker(&waker)) {
+        match futures.poll_next_unpin(&mut Context::from_waker(&waker)) {
             Poll::Ready(Some(output)) => ready.push(output),
             Poll::Ready(None) => return ready,
             Poll::Pending if woken.0.swap(false, Ordering::AcqRel) => {}

@@ -1,7 +1,7 @@
 //! The one loop: news in, the law's decision, effects out. The only file that orders effects.
 //!
-//! Everything that waits (store, broker, handlers, clocks) runs in tasks of its own and comes back as `News`; the
-//! loop itself never waits. Work for the store and the broker gathers at stations while their last batch is under
+//! Everything that waits (store, broker, handlers, clocks) comes back as `News`; the loop itself never waits for any
+//! one of them. Work for the store and the broker gathers at stations while their last batch is under
 //! way, so batches grow with the load and an idle worker answers at once.
 mod ending;
 mod intake;
@@ -16,8 +16,11 @@ use crate::job::{House, Job, Mark, Place};
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::store::{Committed, Effect, Recorded, Row, Start, Store, StoreError};
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use rustc_hash::FxHashMap;
-use stations::{BATCH, Queue, STATIONS, Station};
+use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
 use std::sync::Arc;
@@ -33,13 +36,14 @@ type Id = u64;
 
 /// Handled and not yet recorded, or recorded and not yet published: beyond this nothing more is taken.
 const BACKLOG: usize = 4096;
+/// News of a kind that one turn of the loop takes in, at most.
+const TURN: usize = 64;
 /// Taken ahead of the places for handlers, at most.
 const AHEAD: usize = 1024;
 
 /// What the loop learns.
 #[derive(Debug)]
 enum News {
-    Subscription(consumer::News),
     Adopted(u64, Result<Vec<Row>, StoreError>),
     Looked(Vec<Id>, Result<Vec<Option<Committed>>, StoreError>),
     Started(Vec<Id>, Result<Vec<Start>, StoreError>),
@@ -50,7 +54,6 @@ enum News {
     Handled(Vec<(Id, handler::Outcome)>),
     Waited(Id),
     Rested(Station),
-    Order(Order),
 }
 
 /// What the worker orders.
@@ -94,6 +97,10 @@ pub(crate) struct Pipeline {
     parts: Parts,
     inbox: mpsc::UnboundedReceiver<News>,
     tell: mpsc::UnboundedSender<News>,
+    deliveries: mpsc::UnboundedReceiver<consumer::News>,
+    orders: mpsc::UnboundedReceiver<Order>,
+    /// What the store and the broker are asked.
+    asked: FuturesUnordered<BoxFuture<'static, News>>,
     jobs: FxHashMap<Id, Job>,
     next: Id,
     schedule: Schedule<u64, Id>,
@@ -132,25 +139,16 @@ pub(crate) struct Running {
 /// Starts the loop.
 pub(crate) fn start(parts: Parts) -> Running {
     let (tell, inbox) = mpsc::unbounded_channel();
-    let (news, mut subscription_news) = mpsc::unbounded_channel();
-    let (orders, mut order_box) = mpsc::unbounded_channel();
-    let forward = tell.clone();
-    tokio::spawn(async move {
-        while let Some(news) = subscription_news.recv().await {
-            let _ = forward.send(News::Subscription(news));
-        }
-    });
-    let forward = tell.clone();
-    tokio::spawn(async move {
-        while let Some(order) = order_box.recv().await {
-            let _ = forward.send(News::Order(order));
-        }
-    });
+    let (news, deliveries) = mpsc::unbounded_channel();
+    let (give, orders) = mpsc::unbounded_channel();
     let weights: Vec<u32> = parts.house.topology.lanes.iter().map(|lane| lane.weight).collect();
     let pipeline = Pipeline {
         parts,
         inbox,
         tell,
+        deliveries,
+        orders,
+        asked: FuturesUnordered::new(),
         jobs: FxHashMap::default(),
         next: 0,
         schedule: Schedule::new(weights),
@@ -171,26 +169,36 @@ pub(crate) fn start(parts: Parts) -> Running {
         started: Instant::now(),
     };
     tokio::spawn(pipeline.run());
-    Running { news, orders }
+    Running { news, orders: give }
 }
 
 impl Pipeline {
     async fn run(mut self) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         loop {
+            // What is under way goes before what is new.
             tokio::select! {
                 biased;
-                news = self.inbox.recv() => {
-                    let Some(news) = news else { return };
-                    self.learn(news);
-                    for _ in 0..BATCH {
-                        match self.inbox.try_recv() {
-                            Ok(news) => self.learn(news),
-                            Err(_) => break,
-                        }
-                    }
-                }
+                order = self.orders.recv() => match order {
+                    Some(order) => self.obey(order),
+                    // The worker is gone.
+                    None => return,
+                },
+                Some(news) = self.asked.next() => self.learn(news),
+                Some(news) = self.inbox.recv() => self.learn(news),
+                Some(news) = self.deliveries.recv() => self.arrive(news),
                 _ = tick.tick() => self.gauge(),
+            }
+            while let Some(Some(news)) = self.asked.next().now_or_never() {
+                self.learn(news);
+            }
+            for _ in 0..TURN {
+                let Ok(news) = self.inbox.try_recv() else { break };
+                self.learn(news);
+            }
+            for _ in 0..TURN {
+                let Ok(news) = self.deliveries.try_recv() else { break };
+                self.arrive(news);
             }
             self.advance();
             if self.draining
@@ -203,10 +211,22 @@ impl Pipeline {
         }
     }
 
+    fn arrive(&mut self, news: consumer::News) {
+        match news {
+            consumer::News::Arrived(arrivals) => self.arrived(arrivals),
+            consumer::News::Ended(epoch) => self.ended(epoch),
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Drain(tell) => self.drain(tell),
+            Order::Interrupt => self.interrupt(),
+        }
+    }
+
     fn learn(&mut self, news: News) {
         match news {
-            News::Subscription(consumer::News::Arrived(arrivals)) => self.arrived(arrivals),
-            News::Subscription(consumer::News::Ended(epoch)) => self.ended(epoch),
             News::Adopted(epoch, rows) => self.adopted(epoch, rows),
             News::Looked(ids, answer) => self.answered(Station::Look, ids, answer, Self::looked),
             News::Started(ids, answer) => {
@@ -222,8 +242,6 @@ impl Pipeline {
             News::Handled(outcomes) => outcomes.into_iter().for_each(|(id, outcome)| self.handled(id, outcome)),
             News::Waited(id) => self.fact(id, Fact::Waited),
             News::Rested(station) => self.station_mut(station).busy = false,
-            News::Order(Order::Drain(tell)) => self.drain(tell),
-            News::Order(Order::Interrupt) => self.interrupt(),
         }
     }
 

@@ -304,29 +304,20 @@ impl Pipeline {
             return;
         }
         self.station_mut(station).busy = true;
-        let (store, tell) = (self.parts.store.clone(), self.tell.clone());
+        let store = self.parts.store.clone();
         match station {
             Station::Look => {
                 self.pace = 0;
                 let asked: Vec<Seen> = ids.iter().filter_map(|id| self.jobs.get(id)?.seen()).collect();
-                tokio::spawn(async move {
-                    let answer = store.look(asked).await;
-                    let _ = tell.send(News::Looked(ids, answer));
-                });
+                self.ask(async move { News::Looked(ids, store.look(asked).await) });
             }
             Station::Start => {
                 let events = self.suspects(&ids);
-                tokio::spawn(async move {
-                    let answer = store.start(events).await;
-                    let _ = tell.send(News::Started(ids, answer));
-                });
+                self.ask(async move { News::Started(ids, store.start(events).await) });
             }
             Station::Unstart => {
                 let events = self.suspects(&ids);
-                tokio::spawn(async move {
-                    let answer = store.unstart(events).await;
-                    let _ = tell.send(News::Unstarted(ids, answer));
-                });
+                self.ask(async move { News::Unstarted(ids, store.unstart(events).await) });
             }
             Station::Commit => {
                 let effect = |id: &Id| {
@@ -335,10 +326,10 @@ impl Pipeline {
                 };
                 let effects: Arc<Vec<Effect>> = Arc::new(ids.iter().filter_map(effect).collect());
                 fault::point("before-commit");
-                tokio::spawn(async move {
-                    let since = Instant::now();
+                let since = Instant::now();
+                self.ask(async move {
                     let answer = store.commit(effects.clone()).await;
-                    let _ = tell.send(News::Committed(ids, effects, since, answer));
+                    News::Committed(ids, effects, since, answer)
                 });
             }
             Station::Relay => {
@@ -348,25 +339,24 @@ impl Pipeline {
                         partitions.entry(job.ticket.place().queue.clone()).or_default().push(id);
                     }
                 }
-                tokio::spawn(async move {
-                    // One answer each: rows that are ours now must reach the outbox, whatever becomes of the others.
-                    for (partition, ids) in partitions {
-                        let rows = store.adopt(Left::In(partition)).await;
-                        let _ = tell.send(News::Relayed(ids, rows));
-                    }
-                });
+                // One answer each: rows that are ours now must reach the outbox, whatever becomes of the others.
+                for (partition, ids) in partitions {
+                    let store = store.clone();
+                    self.ask(async move { News::Relayed(ids, store.adopt(Left::In(partition)).await) });
+                }
             }
             Station::Publish => {
                 let now = now_ms();
                 let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house, now);
                 let copies: Vec<Message> = ids.iter().filter_map(copy).collect();
                 let publisher = self.parts.publisher.clone();
-                tokio::spawn(async move {
-                    let outcomes = publisher.publish_all(copies).await;
-                    let _ = tell.send(News::Published(ids, outcomes));
-                });
+                self.ask(async move { News::Published(ids, publisher.publish_all(copies).await) });
             }
         }
+    }
+
+    fn ask(&self, question: impl Future<Output = News> + Send + 'static) {
+        self.asked.push(Box::pin(question));
     }
 
     pub(super) fn gone(&mut self, id: Id) {
