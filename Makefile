@@ -4,7 +4,7 @@
 help:
 	@echo 'make demo   the main job on a real RabbitMQ, with kills; two minutes after the build'
 	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3 chooses the broker)'
-	@echo 'make bench  speed beside hand-written loops and other makes (ARGS=--smoke: only whether it works)'
+	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
 	@echo 'make lint   format, clippy, docs'
 	@echo 'make fmt    format the code'
 	@echo 'make clean  stop the private brokers, remove target/'

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use warren_publisher::lines::Reading;
-use warren_publisher::process::{self, exit};
+use warren_publisher::process::{self, Spare, exit};
 use warren_publisher::send::{self, Order};
 use warren_publisher::{Broker, declare};
 use warren_shared::env::{Reader, Settings, help};
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(code) => return code,
     };
-    match process::run(async move {
+    match process::run(Spare::None, async move {
         match cli.command {
             Command::Send(send) => account(&settings, *send).await,
             Command::Declare => declare_bus(&settings).await,

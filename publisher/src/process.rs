@@ -78,18 +78,26 @@ fn keep_own(map: &mut BTreeMap<String, String>, reader: Reader) {
     map.retain(|name, _| reader == Reader::Worker || !workers(name));
 }
 
+/// How many cores the runtime leaves to other threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spare {
+    /// None: a publisher reads and parses beside what it sends.
+    None,
+    /// One, for those that read the sockets and write the store: on two cores a second thread for tasks costs a worker
+    /// two microseconds more for each event.
+    One,
+}
+
 /// Runs a command on a runtime of its own.
 ///
 /// # Errors
 /// The command's error, or that the operating system gives no threads.
-pub fn run<F>(command: F) -> anyhow::Result<ExitCode>
+pub fn run<F>(spare: Spare, command: F) -> anyhow::Result<ExitCode>
 where
     F: Future<Output = anyhow::Result<ExitCode>>,
 {
-    // One core is left to the threads that read the sockets and write the store: on two cores a second thread for tasks
-    // costs each event two microseconds more.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = cores.saturating_sub(1).max(1);
+    let threads = cores.saturating_sub(usize::from(spare == Spare::One)).max(1);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     let result = runtime.block_on(command);
     // A thread that reads a terminal does not end by itself.

@@ -387,6 +387,22 @@ async fn confirms_that_never_come_are_repeated_on_a_new_connection() -> anyhow::
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_is_never_opened_is_given_up_for_a_new_connection() -> anyhow::Result<()> {
+    let lab = Lab::new("publishing-unopened")?;
+    exchange(&lab, "there", &[("good.#", "quorum", 0)]).await?;
+    let proxy = Proxy::before(&lab.url()).await?;
+    proxy.answers(Answers::Unopened);
+    let publisher = publisher(&proxy.url, Options::default()).await?;
+    let publishing = tokio::spawn(async move { publisher.publish(message("there", "good.a", "m", 10)).await });
+    until("a new connection is opened", PATIENCE, || proxy.seen().connections >= 2).await?;
+    ensure!(!publishing.is_finished(), "an outcome without a channel");
+    proxy.answers(Answers::Pass);
+    ensure!(publishing.await?.is_ok());
+    ensure!(ids(&lab.take_all("there.good").await?) == ["m"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn send_says_of_every_alarm_of_the_own_broker_that_it_waits() -> anyhow::Result<()> {
     let lab = Lab::with_own_broker("publishing-alarms")?;
     exchange(&lab, "sink", &[("big.#", "classic", 10)]).await?;

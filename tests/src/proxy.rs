@@ -18,6 +18,8 @@ pub enum Answers {
     Wait,
     /// They are lost, and nothing else is: a confirm that got stuck in the broker.
     Lost,
+    /// They pass, but no channel is ever opened: that answer got stuck.
+    Unopened,
 }
 
 /// What went through, over all connections.
@@ -42,6 +44,7 @@ pub struct Proxy {
 }
 
 const PUBLISH: [u16; 2] = [60, 40];
+const OPENED: [u16; 2] = [20, 11];
 const ACK: [u16; 2] = [60, 80];
 const NACK: [u16; 2] = [60, 120];
 const CONFIRM_SELECT: [u16; 2] = [85, 10];
@@ -183,6 +186,9 @@ async fn back(
                 }
             };
             let Some((bytes, method)) = next else { return Ok(()) };
+            if method == Some(OPENED) && *gate.borrow() == Answers::Unopened {
+                continue;
+            }
             if !matches!(method, Some(ACK | NACK)) {
                 to.write_all(&bytes).await?;
                 continue;

@@ -6,7 +6,7 @@ use crate::worker::{Worker, open, worker_name};
 use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
 use warren_publisher::declare::{self, DeclareError, Found};
-use warren_publisher::process::{self, count, exit};
+use warren_publisher::process::{self, Spare, count, exit};
 use warren_publisher::{Broker, BrokerError};
 use warren_shared::env::{Declare, Reader, Settings, help};
 use warren_shared::topology::{Declaration, Topology};
@@ -107,7 +107,7 @@ pub fn main() -> ExitCode {
     if let (Command::Check, Err(mistakes)) = (&cli.command, &built) {
         let topology = config::topology(&settings, &config::Routes::default());
         let mistakes = mistakes.clone();
-        return end(process::run(async move { check(&settings, &topology, &mistakes).await }));
+        return end(process::run(Spare::One, async move { check(&settings, &topology, &mistakes).await }));
     }
     let worker = match built {
         Ok(worker) => worker,
@@ -117,7 +117,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(exit::USAGE);
         }
     };
-    end(process::run(async move {
+    end(process::run(Spare::One, async move {
         let topology = worker.topology();
         match cli.command {
             Command::Run => worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS),

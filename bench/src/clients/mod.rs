@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::watch;
+use warren_publisher::process::{self, Spare};
 
 /// What a client is to do.
 #[derive(Clone, Debug)]
@@ -60,11 +61,11 @@ pub(crate) fn main(name: &str, rest: &[String]) -> anyhow::Result<ExitCode> {
         Ok(ExitCode::SUCCESS)
     };
     if name.contains("warren") {
-        // The runtime that the binaries have.
-        warren_publisher::process::run(work)
+        // The runtime that the worker has.
+        process::run(Spare::One, work)
     } else {
         // The library's default, which is the best for loops by hand.
-        tokio::runtime::Runtime::new()?.block_on(work)
+        process::run(Spare::None, work)
     }
 }
 
