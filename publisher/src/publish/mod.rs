@@ -269,9 +269,15 @@ impl Desk {
             Err(_) => return End::Lost(format!("no channel was opened within {OPENING:?}")),
         };
         let end = 'channel: loop {
-            let window = search.window().unwrap_or(self.options.window);
-            while wire.flying.len() < window && !self.queue.is_empty() && !wire.is_blocked() && wire.failure.is_none() {
-                let chunk = CHUNK.min(window - wire.flying.len()).min(self.queue.len());
+            while let room = search
+                .window()
+                .map_or_else(|| wire.room(self.options.window), |window| window.saturating_sub(wire.flying.len()))
+                && room > 0
+                && !self.queue.is_empty()
+                && !wire.is_blocked()
+                && wire.failure.is_none()
+            {
+                let chunk = CHUNK.min(room).min(self.queue.len());
                 let (ready, refused) = wire.take_on(self.queue.drain(..chunk));
                 for (entry, refused) in refused {
                     self.settle(&entry, Err(refused));

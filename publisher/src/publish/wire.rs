@@ -17,6 +17,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use warren_shared::Message;
 
+/// Windows of messages whose outcomes may wait behind one that is unanswered: all are repeated if the channel ends.
+const BEHIND: usize = 3;
+
 /// How long the confirms of a channel that ended may take to say so.
 const ENDING: Duration = Duration::from_secs(1);
 
@@ -55,6 +58,8 @@ pub(super) struct Wire {
     pub(super) confirms: FuturesUnordered<Confirm>,
     /// In order of publishing.
     pub(super) flying: VecDeque<Flight>,
+    /// Those of them that the broker has not answered. Queues answer at their own pace, and outcomes are taken in order.
+    pub(super) unanswered: usize,
     /// The number of the next message.
     next: u64,
     pub(super) failure: Option<Error>,
@@ -71,6 +76,7 @@ impl Wire {
             blocked: link.blocked(),
             confirms: FuturesUnordered::new(),
             flying: VecDeque::new(),
+            unanswered: 0,
             next: 0,
             failure: None,
             room: codec::header_room(link.connection().configuration().frame_max()),
@@ -79,6 +85,11 @@ impl Wire {
 
     pub(super) fn is_blocked(&self) -> bool {
         self.blocked.borrow().is_some()
+    }
+
+    /// How many more may be written: so many at most are unanswered, and a few times as many wait behind one that is.
+    pub(super) fn room(&self, window: usize) -> usize {
+        window.saturating_sub(self.unanswered).min((BEHIND * window).saturating_sub(self.flying.len()))
     }
 
     /// Takes messages in flight, as they will be written; returns also what AMQP cannot carry.
@@ -92,6 +103,7 @@ impl Wire {
                     ready.push(Ready { sequence, message, properties, address });
                     self.flying.push_back(Flight { entry, since, confirmed: None, returned: None });
                     self.next += 1;
+                    self.unanswered += 1;
                 }
                 (Err(error), _) | (_, Err(error)) => refused.push((entry, error.into())),
             }
@@ -145,8 +157,10 @@ impl Wire {
         };
         let first = self.next - self.flying.len() as u64;
         let place = sequence.checked_sub(first).and_then(|place| usize::try_from(place).ok());
-        if let Some(flight) = place.and_then(|place| self.flying.get_mut(place)) {
-            flight.confirmed = Some(outcome);
+        if let Some(flight) = place.and_then(|place| self.flying.get_mut(place))
+            && flight.confirmed.replace(outcome).is_none()
+        {
+            self.unanswered -= 1;
         }
         let Some(message) = returned else { return };
         let id = message.properties.message_id().as_ref().map(|id| id.as_str());
