@@ -3,7 +3,7 @@ use anyhow::{Context, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
-use tokio::process::Child;
+use tokio::process::{Child, ChildStdin};
 
 /// A running process; killed when dropped.
 #[derive(Debug)]
@@ -59,9 +59,23 @@ impl Process {
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn start(mut command: Command, log: &Path) -> anyhow::Result<Self> {
+    pub fn start(command: Command, log: &Path) -> anyhow::Result<Self> {
+        Self::spawn(command, log, Stdio::null())
+    }
+
+    /// Starts a command with this end of a pipe to write its input into; its output goes to a file.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_fed(command: Command, log: &Path) -> anyhow::Result<(Self, ChildStdin)> {
+        let mut process = Self::spawn(command, log, Stdio::piped())?;
+        let stdin = process.child.stdin.take().context("piped")?;
+        Ok((process, stdin))
+    }
+
+    fn spawn(mut command: Command, log: &Path, input: Stdio) -> anyhow::Result<Self> {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        command.stdin(input).stdout(file.try_clone()?).stderr(file);
         let child = tokio::process::Command::from(command).kill_on_drop(true).spawn();
         Ok(Self { child: child.context("is the workspace built? 'make test' builds it")?, log: log.to_owned() })
     }
