@@ -64,6 +64,9 @@ pub(crate) fn print(bench: &Bench, results: &Results) -> anyhow::Result<()> {
     if bench.disturbed.get() > 0 {
         writeln!(out, "{} runs were disturbed by an alarm of the broker (memory or disk)", bench.disturbed.get())?;
     }
+    if bench.plan.smoke {
+        return Ok(());
+    }
     writeln!(out, "\n{:<32} {:>9} {:>10}", "target", "wanted", "measured")?;
     for target in &TARGETS {
         let verdict = target.judge(results);
