@@ -204,17 +204,7 @@ async fn a_run_is_forgotten_whole_with_the_deaths_in_it() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("warren.db");
     let (ours, theirs) = (Sqlite::open(&path, "a").expect("it opens"), Sqlite::open(&path, "b").expect("it opens"));
-    let named = |what: &str, outcome| {
-        let id = |i| Identity::of("/tests", &format!("{what} {i}"));
-        let effect =
-            |i| Effect { seen: Some(Seen { identity: id(i), replayed: 0 }), outcome, out: vec![], ..effect("", 0) };
-        (0..300).map(effect).collect::<Vec<_>>()
-    };
-    let known = async |store: &Sqlite, effects: &[Effect]| {
-        let answers = store.look(effects.iter().filter_map(|effect| effect.seen).collect()).await.expect("answers");
-        answers.iter().filter(|known| known.is_some()).count()
-    };
-    let (old, young) = (named("old", Outcome::Dead), named("young", Outcome::Dead));
+    let (old, young) = (named("old", 300, Outcome::Dead), named("young", 300, Outcome::Dead));
     ours.commit(Arc::new(old.clone())).await.expect("takes them");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let moment = Instant::now();
@@ -222,8 +212,7 @@ async fn a_run_is_forgotten_whole_with_the_deaths_in_it() {
     assert_eq!((known(&ours, &old).await, known(&theirs, &young).await), (300, 300));
 
     assert_eq!(ours.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers"), 300);
-    let dead = |tx: &Transaction<'_>| tx.query_row("SELECT count(*) FROM dead", [], |row| row.get::<_, i64>(0));
-    assert_eq!(ours.run(dead).await.expect("answers"), 300, "the deaths of what is known, and no others");
+    assert_eq!(deaths(&ours).await, 300, "the deaths of what is known, and no others");
     for store in [&ours, &Sqlite::open(&path, "c").expect("it opens")] {
         assert_eq!((known(store, &old).await, known(store, &young).await), (0, 300));
     }
@@ -231,9 +220,66 @@ async fn a_run_is_forgotten_whole_with_the_deaths_in_it() {
     let done: Vec<Effect> = old.into_iter().map(|effect| Effect { outcome: Outcome::Done, ..effect }).collect();
     let recorded = ours.commit(Arc::new(done.clone())).await.expect("takes them");
     assert!(recorded.iter().all(|recorded| matches!(recorded, Recorded::Fresh(..))));
-    let later: Vec<Effect> = done
-        .into_iter()
-        .map(|effect| Effect { seen: effect.seen.map(|seen| Seen { replayed: 5, ..seen }), ..effect })
-        .collect();
-    assert_eq!(known(&ours, &later).await, 300, "a success is final");
+    assert_eq!(known(&ours, &replayed(&done)).await, 300, "a success is final");
+}
+
+#[tokio::test]
+async fn what_is_too_little_for_a_run_is_forgotten_too() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
+    let (old, young) = (named("old", 10, Outcome::Dead), named("young", 20, Outcome::Dead));
+    store.commit(Arc::new(old.clone())).await.expect("takes them");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    store.commit(Arc::new(young.clone())).await.expect("takes them");
+
+    assert_eq!(store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers"), 10);
+    assert_eq!((known(&store, &old).await, known(&store, &young).await), (0, 20));
+    assert_eq!(deaths(&store).await, 20);
+}
+
+#[tokio::test]
+async fn a_death_is_remembered_as_long_as_the_run_that_it_is_in() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
+    let (run, few) = (named("run", 300, Outcome::Done), named("few", 10, Outcome::Done));
+    let dead = named("dead", 10, Outcome::Dead);
+    store.commit(Arc::new(run)).await.expect("takes them");
+    store.commit(Arc::new(dead.clone())).await.expect("takes them");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    store.commit(Arc::new(few)).await.expect("takes them");
+    // Sealed in one run with what comes now, which is younger.
+    store.commit(Arc::new(named("young", 300, Outcome::Done))).await.expect("takes them");
+
+    assert_eq!(store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers"), 300);
+    assert_eq!(known(&store, &dead).await, 10);
+    assert_eq!(deaths(&store).await, 10, "else they would pass for successes");
+    assert_eq!(known(&store, &replayed(&dead)).await, 0, "a replay is still a new chance");
+}
+
+/// So many effects with names of their own.
+fn named(what: &str, count: usize, outcome: Outcome) -> Vec<Effect> {
+    let name = |i| Effect { outcome, out: vec![], ..effect(&format!("{what} {i}"), 0) };
+    (0..count).map(name).collect()
+}
+
+/// The same, from later replays.
+fn replayed(effects: &[Effect]) -> Vec<Effect> {
+    let later = |effect: &Effect| Effect {
+        seen: effect.seen.map(|seen| Seen { replayed: seen.replayed + 1, ..seen }),
+        ..effect.clone()
+    };
+    effects.iter().map(later).collect()
+}
+
+/// How many of them have an outcome that stands.
+async fn known(store: &Sqlite, effects: &[Effect]) -> usize {
+    let answers = store.look(effects.iter().filter_map(|effect| effect.seen).collect()).await.expect("answers");
+    answers.iter().filter(|known| known.is_some()).count()
+}
+
+async fn deaths(store: &Sqlite) -> i64 {
+    let count = |tx: &Transaction<'_>| tx.query_row("SELECT count(*) FROM dead", [], |row| row.get(0));
+    store.run(count).await.expect("answers")
 }
