@@ -30,6 +30,9 @@ enum Entry {
     Waiting,
 }
 
+/// An ack is due once it covers this part of the window.
+const PART: usize = 4;
+
 /// The tags of one channel that are not acked.
 #[derive(Debug, Default)]
 pub struct Ledger {
@@ -87,7 +90,21 @@ impl Ledger {
         prefix
     }
 
-    /// That, and an ack for each that was left over by the sweep before.
+    /// Whether what is settled is worth an ack, in a window of so many unacked deliveries: each ack is work for the
+    /// broker's queue and its replicas. Nothing waits where nothing else is out.
+    #[must_use]
+    pub fn is_due(&self, window: usize) -> bool {
+        self.settled >= window / PART || self.unsettled() == 0
+    }
+
+    /// One ack for what is settled in order. Where a stuck delivery keeps most of the window from it, one each.
+    pub fn relieve(&mut self, window: usize) -> Vec<Ack> {
+        let first = self.flush();
+        let crowded = self.settled > window - window / PART;
+        first.into_iter().chain(if crowded { self.sweep() } else { Vec::new() }).collect()
+    }
+
+    /// What [`Self::flush`] gives, and an ack for each that was left over by the sweep before.
     pub fn sweep(&mut self) -> Vec<Ack> {
         let mut acks = Vec::from_iter(self.flush());
         if self.settled > 0 {
@@ -125,6 +142,38 @@ mod tests {
             assert!(settled.contains(&tag), "acked without being settled: {tag}");
             unacked.remove(&tag);
         }
+    }
+
+    fn opened(tags: std::ops::RangeInclusive<u64>) -> Ledger {
+        let mut ledger = Ledger::default();
+        tags.for_each(|tag| ledger.open(tag));
+        ledger
+    }
+
+    #[test]
+    fn an_ack_is_due_for_a_quarter_of_the_window_or_for_all_that_is_out() {
+        let mut ledger = opened(1..=100);
+        (1..50).for_each(|tag| ledger.settle(tag));
+        assert!(!ledger.is_due(200));
+        ledger.settle(50);
+        assert!(ledger.is_due(200));
+        let mut few = opened(1..=3);
+        (1..=2).for_each(|tag| few.settle(tag));
+        assert!(!few.is_due(200) && few.is_due(3));
+        few.settle(3);
+        assert!(few.is_due(200));
+        assert_eq!(few.relieve(200), [Ack { tag: 3, span: Span::UpTo }]);
+    }
+
+    #[test]
+    fn a_stuck_delivery_gives_back_the_window_once_most_of_it_waits_behind() {
+        let mut ledger = opened(1..=200);
+        (2..=151).for_each(|tag| ledger.settle(tag));
+        assert_eq!(ledger.relieve(200), []);
+        ledger.settle(152);
+        assert_eq!(ledger.relieve(200), [], "the first time they are only marked");
+        assert_eq!(ledger.relieve(200).len(), 151);
+        assert_eq!((ledger.unacked(), ledger.unsettled()), (0, 49));
     }
 
     proptest! {

@@ -153,8 +153,6 @@ const CHANNELS_A_CONNECTION: usize = 16;
 const CHUNK: usize = 256;
 /// A settled delivery behind a stuck one waits for its ack once to twice as long.
 const GAP: Duration = Duration::from_millis(20);
-/// Settled deliveries are acked together once they are this part of the prefetch.
-const PART: usize = 4;
 
 impl Subscriptions {
     /// Prepares the subscriptions of a pool; nothing is opened yet.
@@ -382,21 +380,15 @@ impl Subscription {
         }
     }
 
-    /// One ack for what is settled in order, when it is enough of it. Where a stuck delivery keeps most of the
-    /// prefetch from it, one each.
+    /// Acks what is worth an ack; the next sweep takes what is not. A drain does not wait for more.
     async fn ack(&self, channel: &Channel, epoch: &Epoch) -> Result<(), Error> {
         let acks = {
             let mut ledger = epoch.ledger();
-            let prefetch = usize::from(self.shared.prefetch);
-            // Each ack is work for the broker's queue and its replicas. The next sweep takes what is too few now, but
-            // nothing waits for it where nothing else is out.
-            let few = ledger.unacked() < prefetch / PART && ledger.unsettled() > 0;
-            if few && *self.phase.borrow() == Phase::Taking {
+            let window = usize::from(self.shared.prefetch);
+            if *self.phase.borrow() == Phase::Taking && !ledger.is_due(window) {
                 return Ok(());
             }
-            let first = ledger.flush();
-            let crowded = ledger.unacked() > prefetch - prefetch / PART;
-            first.into_iter().chain(if crowded { ledger.sweep() } else { Vec::new() }).collect()
+            ledger.relieve(window)
         };
         send(channel, acks).await
     }
