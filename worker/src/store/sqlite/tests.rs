@@ -242,13 +242,11 @@ async fn what_is_too_little_for_a_run_is_forgotten_too() {
 async fn a_death_is_remembered_as_long_as_the_run_that_it_is_in() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
-    let (run, few) = (named("run", 300, Outcome::Done), named("few", 10, Outcome::Done));
     let dead = named("dead", 10, Outcome::Dead);
-    store.commit(Arc::new(run)).await.expect("takes them");
+    store.commit(Arc::new(named("run", 300, Outcome::Done))).await.expect("takes them");
     store.commit(Arc::new(dead.clone())).await.expect("takes them");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let moment = Instant::now();
-    store.commit(Arc::new(few)).await.expect("takes them");
     // Sealed in one run with what comes now, which is younger.
     store.commit(Arc::new(named("young", 300, Outcome::Done))).await.expect("takes them");
 
@@ -264,7 +262,7 @@ fn named(what: &str, count: usize, outcome: Outcome) -> Vec<Effect> {
     (0..count).map(name).collect()
 }
 
-/// The same, from later replays.
+/// The same, each from its next replay.
 fn replayed(effects: &[Effect]) -> Vec<Effect> {
     let later = |effect: &Effect| Effect {
         seen: effect.seen.map(|seen| Seen { replayed: seen.replayed + 1, ..seen }),
