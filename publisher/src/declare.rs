@@ -119,6 +119,48 @@ pub async fn check(link: &Link, declarations: &[Declaration]) -> Result<(), Decl
     if missing.is_empty() { Ok(()) } else { Err(DeclareError::Missing(missing)) }
 }
 
+/// What a queue holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Depth {
+    /// Messages that wait.
+    pub ready: u32,
+    /// Who consumes, active or in line.
+    pub consumers: u32,
+}
+
+/// What queues hold, in their order; none for one that is not there.
+///
+/// # Errors
+/// The connection failed, or the user may not look.
+pub async fn depths(link: &Link, queues: &[String]) -> Result<Vec<Option<Depth>>, DeclareError> {
+    let options = QueueDeclareOptions { passive: true, ..Default::default() };
+    let look = async |channel: &Channel, queue: &String| {
+        let found = channel.queue_declare(short(queue), options, FieldTable::default()).await?;
+        Ok::<_, Error>(Depth { ready: found.message_count(), consumers: found.consumer_count() })
+    };
+    let channel = async || link.connection().create_channel().await.map_err(|e| BrokerError::lost(&e));
+    let all = channel().await?;
+    let found = join_all(queues.iter().map(|queue| look(&all, queue))).await;
+    if found.iter().all(Result::is_ok) {
+        return Ok(found.into_iter().map(Result::ok).collect());
+    }
+    // One that is missing closed the channel: each has to be asked alone.
+    let mut depths = Vec::with_capacity(queues.len());
+    for queue in queues {
+        depths.push(match look(&channel().await?, queue).await {
+            Ok(depth) => Some(depth),
+            Err(error) => match error.kind() {
+                ErrorKind::ProtocolError(amqp) => match amqp.kind() {
+                    AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => None,
+                    _ => return Err(DeclareError::Denied(describe(&error))),
+                },
+                _ => return Err(BrokerError::lost(&error).into()),
+            },
+        });
+    }
+    Ok(depths)
+}
+
 /// Asks for all in one go. False where the broker objects to any of them; asking one by one tells to which.
 async fn agrees(link: &Link, declarations: &[&Declaration], mode: Mode) -> Result<bool, DeclareError> {
     let channel = link.connection().create_channel().await.map_err(|e| BrokerError::lost(&e))?;

@@ -73,6 +73,12 @@ impl Ledger {
         self.entries.len() - self.settled
     }
 
+    /// The first delivery that is not settled.
+    #[must_use]
+    pub fn first_unsettled(&self) -> Option<u64> {
+        self.entries.iter().find(|(_, entry)| *entry == Entry::Open).map(|(tag, _)| *tag)
+    }
+
     /// Deliveries that are settled and not yet acked.
     #[must_use]
     pub fn unacked(&self) -> usize {

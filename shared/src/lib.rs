@@ -5,10 +5,12 @@
 #![warn(clippy::print_stdout)]
 
 pub mod acks;
+pub mod assignment;
 pub mod dead;
 pub mod delivery;
 pub mod env;
 pub mod event;
+pub mod fleet;
 pub mod json;
 pub mod lane;
 pub mod pattern;

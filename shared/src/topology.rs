@@ -1,5 +1,5 @@
 //! The topology as values. The same value declares, checks and draws.
-use crate::lane::{Lanes, NORMAL};
+use crate::lane::{Lane, Lanes, NORMAL};
 use crate::pattern::Pattern;
 use crate::retry::{LADDER, Step};
 use crate::wire::LANE;
@@ -199,6 +199,19 @@ impl Topology {
         format!("warren.{}.unrouted", self.pool)
     }
 
+    /// Where the workers of the pool speak to each other.
+    #[must_use]
+    pub fn fleet(&self) -> String {
+        format!("warren.{}.fleet", self.pool)
+    }
+
+    /// All partitions' queues, lane by lane.
+    #[must_use]
+    pub fn queues(&self) -> Vec<String> {
+        let lane = |lane: &Lane| (0..self.partitions).map(|p| self.partition(&lane.name, p)).collect::<Vec<_>>();
+        self.lanes.iter().flat_map(lane).collect()
+    }
+
     /// The bus alone: what a publisher needs.
     #[must_use]
     pub fn bus() -> Vec<Declaration> {
@@ -218,6 +231,8 @@ impl Topology {
             all.push(exchange(&self.lane(&lane.name), Kind::ConsistentHash, arguments));
         }
         all.extend(Self::bus());
+        // Each worker binds a queue of its own to it.
+        all.push(exchange(&self.fleet(), Kind::Fanout, vec![]));
         all.extend(sink(&self.unrouted()));
         all.extend(sink(&self.dead()));
         let mut arguments = vec![];

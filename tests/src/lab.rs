@@ -23,6 +23,7 @@ pub struct Lab {
     /// The environment of its processes.
     pub environment: Vec<(String, String)>,
     workers: AtomicU32,
+    pub(crate) loads: AtomicU32,
 }
 
 impl Lab {
@@ -59,7 +60,14 @@ impl Lab {
         let dir = scratch().join(name);
         std::fs::remove_dir_all(&dir).ok();
         std::fs::create_dir_all(&dir)?;
-        let mut lab = Self { rabbit, name: name.into(), dir, environment: Vec::new(), workers: AtomicU32::new(0) };
+        let mut lab = Self {
+            rabbit,
+            name: name.into(),
+            dir,
+            environment: Vec::new(),
+            workers: AtomicU32::new(0),
+            loads: AtomicU32::new(0),
+        };
         let store = format!("sqlite://{}", lab.path("warren.db").display());
         for (variable, value) in [
             ("AMQP_URL", lab.url().as_str()),

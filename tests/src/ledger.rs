@@ -77,8 +77,10 @@ impl Sink {
 /// The account of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
-    /// Distinct events published.
+    /// Distinct events published; all of them were confirmed.
     pub published: usize,
+    /// Confirmed publishes, repeats of an event included.
+    pub confirmed: usize,
     /// Distinct events whose effect was recorded (heard as `test.recorded`).
     pub handled: usize,
     /// Events whose effect was recorded under more than one id: must be 0.
@@ -93,17 +95,37 @@ pub struct Ledger {
     pub lost: usize,
 }
 
+impl std::fmt::Display for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { published, confirmed, handled, twice, repeats, dead, inversions, lost } = self;
+        let absorbed = confirmed - published + repeats;
+        write!(
+            f,
+            "ledger: published {published}, confirmed {confirmed}, handled {handled}, duplicates absorbed {absorbed}, \
+             handled twice {twice}, dead {dead:?}, inversions {inversions}, lost {lost}"
+        )
+    }
+}
+
 impl Ledger {
-    /// Adds up what a sink of `test.recorded` events heard. `published` are the ids, `dead` the letters' id and reason.
+    /// Adds up what a sink of `test.recorded` events heard. `published` are the ids of all confirmed publishes, `dead` the
+    /// letters' id and reason.
     ///
     /// # Errors
     /// A recorded event has not the shape that the handler gives it.
     pub fn of(published: &[String], recorded: &Sink, dead: &[(String, String)]) -> anyhow::Result<Self> {
-        let (all, distinct) = (recorded.heard(), recorded.distinct());
-        let mut by_parent: HashMap<String, usize> = HashMap::new();
+        Self::add_up(published, &recorded.heard(), dead)
+    }
+
+    /// Adds up recorded events in the order in which they were published.
+    ///
+    /// # Errors
+    /// One has not the shape that the handler gives it.
+    pub fn add_up(published: &[String], recorded: &[Event], dead: &[(String, String)]) -> anyhow::Result<Self> {
+        let (mut by_parent, mut ids) = (HashMap::<String, usize>::new(), HashSet::new());
         let mut last: HashMap<String, u64> = HashMap::new();
         let mut inversions = 0;
-        for event in &distinct {
+        for event in recorded.iter().filter(|event| ids.insert(event.id())) {
             let data: serde_json::Value = event.json().context("recorded events carry JSON")?;
             let id = data["id"].as_str().context("the id of the event")?;
             *by_parent.entry(id.to_owned()).or_default() += 1;
@@ -121,16 +143,18 @@ impl Ledger {
         }
         let ends: HashSet<&str> =
             by_parent.keys().map(String::as_str).chain(dead.iter().map(|(id, _)| id.as_str())).collect();
+        let distinct: HashSet<&str> = published.iter().map(String::as_str).collect();
         let ledger = Self {
-            published: published.iter().collect::<HashSet<_>>().len(),
+            published: distinct.len(),
+            confirmed: published.len(),
             handled: by_parent.len(),
             twice: by_parent.values().filter(|n| **n > 1).count(),
-            repeats: all.len() - distinct.len(),
+            repeats: recorded.len() - ids.len(),
             dead: reasons,
             inversions,
-            lost: published.iter().collect::<HashSet<_>>().iter().filter(|id| !ends.contains(id.as_str())).count(),
+            lost: distinct.iter().filter(|id| !ends.contains(**id)).count(),
         };
-        println!("{ledger:?}");
+        println!("{ledger}");
         Ok(ledger)
     }
 

@@ -4,6 +4,7 @@
 //! end with the test, by their own pids.
 pub mod broker;
 pub mod exchange;
+pub mod fleet;
 pub mod foreign;
 pub mod frames;
 pub mod lab;
@@ -11,11 +12,14 @@ pub mod ledger;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod trace;
 
 pub use broker::Rabbit;
 pub use exchange::{exchange, ids};
+pub use fleet::{Fleet, Load, Map};
 pub use lab::{Lab, event, events, until};
 pub use ledger::{Ledger, Sink};
 pub use process::Process;
 pub use proxy::{Answers, Proxy};
 pub use raw::Raw;
+pub use trace::{Trace, quantile};

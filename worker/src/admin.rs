@@ -1,5 +1,6 @@
 //! `/livez`, `/readyz`, `/metrics`.
 use crate::consumer::Subscriptions;
+use crate::fleet::Seats;
 use crate::pipeline::Pulse;
 use axum::Router;
 use axum::http::{StatusCode, header};
@@ -19,8 +20,8 @@ pub struct Vitals {
     pub pulse: Arc<Pulse>,
     /// The subscriptions.
     pub subscriptions: Arc<Subscriptions>,
-    /// How many there must be.
-    pub wanted: usize,
+    /// How many there should be.
+    pub seats: Arc<Seats>,
     /// The publisher's connection.
     pub publisher: watch::Receiver<Health>,
     /// Whether the worker is draining.
@@ -45,8 +46,12 @@ impl Vitals {
             reasons.push("draining".into());
         }
         let consuming = self.subscriptions.consuming();
-        if consuming < self.wanted {
-            reasons.push(format!("subscribed to {consuming} of {} partitions", self.wanted));
+        match self.seats.wanted() {
+            None => reasons.push("joining the pool".into()),
+            Some(wanted) if consuming < wanted => {
+                reasons.push(format!("subscribed to {consuming} of {wanted} partitions"));
+            }
+            Some(_) => {}
         }
         match &*self.publisher.borrow() {
             Health::Open => {}

@@ -2,6 +2,7 @@
 use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::shutdown;
+use crate::status;
 use crate::worker::{Worker, open, worker_name};
 use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use warren_publisher::declare::{self, DeclareError, Found};
 use warren_publisher::process::{self, Spare, count, exit};
 use warren_publisher::{Broker, BrokerError};
 use warren_shared::env::{Declare, Reader, Settings, help};
+use warren_shared::fleet::Conflict;
 use warren_shared::topology::{Declaration, Topology};
 
 /// Handles events from RabbitMQ: each once, in order for its key, urgent ones first.
@@ -30,6 +32,12 @@ enum Command {
         /// Declare what is missing
         #[arg(long)]
         apply: bool,
+    },
+    /// Show the pool: workers, partitions with owner and standby, what waits; exit 1 where something needs a person
+    Status {
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
     },
     /// Dead letters
     #[command(subcommand)]
@@ -123,6 +131,7 @@ pub fn main() -> ExitCode {
             Command::Run => worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS),
             Command::Check => check(&settings, &topology, &[]).await,
             Command::Topology { apply } => plan(&settings, &topology, apply).await,
+            Command::Status { json } => show_pool(&settings, &topology, json).await,
             Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
         }
     }))
@@ -134,6 +143,10 @@ fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
         Err(error) if error.is::<crate::store::StoreError>() => {
             eprintln!("error: {error:#}");
             ExitCode::from(exit::UNAVAILABLE)
+        }
+        Err(error) if error.is::<Conflict>() => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit::USAGE)
         }
         Err(error) => process::fail(&error),
     }
@@ -247,6 +260,12 @@ async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::
         (_, different) => eprintln!("{different} different: nothing can be declared until they are out of the way"),
     }
     Ok(if different > 0 { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS })
+}
+
+async fn show_pool(settings: &Settings, topology: &Topology, json: bool) -> anyhow::Result<ExitCode> {
+    let report = status::report(settings, topology).await?;
+    println(&if json { serde_json::to_string(&report)? } else { report.table().trim_end().to_owned() })?;
+    Ok(if report.needs.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(exit::FAILED) })
 }
 
 async fn dead(dead: Dead, command: DeadCommand) -> anyhow::Result<ExitCode> {

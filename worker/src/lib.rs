@@ -21,6 +21,7 @@ pub mod config;
 pub mod consumer;
 pub mod dead;
 mod fault;
+pub mod fleet;
 pub mod handler;
 mod job;
 pub mod metrics;
@@ -28,6 +29,7 @@ pub mod outbox;
 mod pile;
 pub mod pipeline;
 pub mod shutdown;
+mod status;
 pub mod store;
 pub mod worker;
 

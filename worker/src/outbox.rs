@@ -10,15 +10,22 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use warren_publisher::{Publisher, Refused};
 use warren_shared::topology::BUS;
 
 /// The way into the relay.
 #[derive(Clone, Debug)]
 pub struct Outbox {
-    rows: mpsc::UnboundedSender<Vec<Row>>,
+    orders: mpsc::UnboundedSender<Order>,
     pending: Arc<AtomicUsize>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Publish(Vec<Row>),
+    /// Tell when nothing of a partition is left.
+    Tell(Arc<str>, oneshot::Sender<()>),
 }
 
 /// Rows that are published at once.
@@ -28,18 +35,26 @@ impl Outbox {
     /// Starts the relay.
     #[must_use]
     pub fn start(store: Arc<dyn Store>, publisher: Publisher, topology: Arc<Subscriptions>) -> Self {
-        let (rows, inbox) = mpsc::unbounded_channel();
+        let (orders, inbox) = mpsc::unbounded_channel();
         let pending = Arc::new(AtomicUsize::new(0));
-        let relay = Relay { store, publisher, topology, inbox, pending: pending.clone(), queue: VecDeque::new() };
+        let (queue, waiting) = (VecDeque::new(), Vec::new());
+        let relay = Relay { store, publisher, topology, inbox, pending: pending.clone(), queue, waiting };
         tokio::spawn(relay.run());
-        Self { rows, pending }
+        Self { orders, pending }
     }
 
     /// Hands committed rows over, in their order.
     pub fn push(&self, rows: Vec<Row>) {
         self.pending.fetch_add(rows.len(), Ordering::AcqRel);
         // The relay ends only when all handles are gone.
-        let _ = self.rows.send(rows);
+        let _ = self.orders.send(Order::Publish(rows));
+    }
+
+    /// Waits until everything of a partition that was pushed before is published and forgotten.
+    pub async fn flushed(&self, partition: Arc<str>) {
+        let (tell, told) = oneshot::channel();
+        let _ = self.orders.send(Order::Tell(partition, tell));
+        let _ = told.await;
     }
 
     /// Rows that are not yet confirmed and forgotten.
@@ -53,28 +68,52 @@ struct Relay {
     store: Arc<dyn Store>,
     publisher: Publisher,
     topology: Arc<Subscriptions>,
-    inbox: mpsc::UnboundedReceiver<Vec<Row>>,
+    inbox: mpsc::UnboundedReceiver<Order>,
     pending: Arc<AtomicUsize>,
     queue: VecDeque<Row>,
+    /// Who waits for a partition's last row.
+    waiting: Vec<(Arc<str>, oneshot::Sender<()>)>,
 }
 
 impl Relay {
     async fn run(mut self) {
-        while let Some(rows) = self.inbox.recv().await {
-            self.queue.extend(rows);
+        while let Some(order) = self.inbox.recv().await {
+            self.obey(order);
             let mut failures = 0;
             while !self.queue.is_empty() {
                 while self.queue.len() < WAVE
                     && let Ok(more) = self.inbox.try_recv()
                 {
-                    self.queue.extend(more);
+                    self.obey(more);
                 }
-                if self.wave().await {
+                let complete = self.wave().await;
+                self.tell();
+                if complete {
                     failures = 0;
                 } else {
                     failures += 1;
                     tokio::time::sleep(Duration::from_millis(100 * (1 << failures.min(5)))).await;
                 }
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Publish(rows) => self.queue.extend(rows),
+            Order::Tell(partition, tell) => {
+                self.waiting.push((partition, tell));
+                self.tell();
+            }
+        }
+    }
+
+    fn tell(&mut self) {
+        for (partition, tell) in std::mem::take(&mut self.waiting) {
+            if self.queue.iter().any(|row| row.partition == partition) {
+                self.waiting.push((partition, tell));
+            } else {
+                let _ = tell.send(());
             }
         }
     }

@@ -1,7 +1,8 @@
 //! A worker: the parts put together, run, and drained.
 use crate::admin::{self, Vitals};
 use crate::config::{self, Kind, Route, Routes};
-use crate::consumer::{Phase, Subscriptions};
+use crate::consumer::Subscriptions;
+use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
 use crate::handler::{self, Context, Failure, Handler, Reply, Rust};
 use crate::job::House;
 use crate::metrics::{self, names};
@@ -14,12 +15,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use warren_publisher::declare::{self};
 use warren_publisher::publish::Options;
 use warren_publisher::{Broker, Publisher};
 use warren_shared::Event;
 use warren_shared::env::{Database, Declare, Settings};
+use warren_shared::fleet::{Kind as Why, Word};
 use warren_shared::pattern::Pattern;
 use warren_shared::topology::{Order, Topology};
 
@@ -135,15 +137,13 @@ impl Worker {
         };
         let (link, store) = tokio::select! {
             biased;
-            _ = stop.recv() => {
-                tracing::info!(worker = name, "told to stop before it took anything");
-                return Ok(());
-            }
+            _ = stop.recv() => return told_early(&name),
             started = start => started?,
         };
         let options = Options { timeout: settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(broker.clone(), link, options);
-        let subscriptions = Subscriptions::new(broker, &topology, settings.declare, settings.prefetch, settings.limits);
+        let subscriptions =
+            Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits);
         let outbox = Outbox::start(store.clone(), publisher.clone(), subscriptions.clone());
 
         let pulse = Arc::new(Pulse::default());
@@ -151,7 +151,7 @@ impl Worker {
         let vitals = Vitals {
             pulse: pulse.clone(),
             subscriptions: subscriptions.clone(),
-            wanted: topology.lanes.iter().count() * usize::from(topology.partitions),
+            seats: Arc::new(Seats::default()),
             publisher: publisher.health(),
             draining: Arc::new(AtomicBool::new(false)),
         };
@@ -159,6 +159,32 @@ impl Worker {
             let serving = admin::serve(address, vitals.clone(), recorder).await;
             serving.with_context(|| format!("WARREN_ADMIN_ADDR: cannot serve on {address}"))?;
         }
+
+        // Nothing is taken before everybody who is there has answered: their stores are compared with ours.
+        let me = Word {
+            kind: Why::Beat,
+            name: name.clone(),
+            run: run.clone(),
+            since: jiff::Timestamp::now().as_millisecond(),
+            settled: false,
+            capacity: u32::try_from(settings.concurrency).unwrap_or(u32::MAX),
+            running: 0,
+            store: store.identity().to_owned(),
+            partitions: settings.partitions,
+            version: env!("CARGO_PKG_VERSION").into(),
+            clock: 0,
+            held: Vec::new(),
+            troubles: Vec::new(),
+        };
+        let join = Newcomer::join(broker, &topology, me, subscriptions.clock().clone(), settings.connect_timeout);
+        let newcomer = tokio::select! {
+            biased;
+            _ = stop.recv() => return told_early(&name),
+            joined = join => joined.map_err(|why| match why {
+                JoinError::Broker(error) => anyhow::Error::from(error),
+                JoinError::Conflict(conflict) => conflict.into(),
+            })?,
+        };
 
         let handlers: Vec<Arc<dyn Handler>> = routes.iter().map(handler::build).collect();
         let running = pipeline::start(Parts {
@@ -176,45 +202,49 @@ impl Worker {
             pulse,
         });
         let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
-        let (phase, phases) = watch::channel(Phase::Taking);
-        let tasks = subscriptions.start(&topology, &running.news, &phases);
+        let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
         tracing::info!(
             worker = name,
             pool = settings.pool,
             routes = routes.iter().count(),
-            partitions = vitals.wanted,
+            partitions = slots.len(),
             "worker '{name}' takes events"
         );
+        let supervisor = Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone());
 
         let _ = stop.recv().await;
         let timeout = settings.drain_timeout;
         tracing::info!(?timeout, "draining: taking nothing more, finishing what runs (a second signal interrupts it)");
         vitals.draining.store(true, Ordering::Relaxed);
-        phase.send_replace(Phase::Holding);
+        // Each partition goes to its next owner as soon as nothing of it runs here.
+        supervisor.leave().await;
         let soft = timeout.saturating_sub(SETTLE).max(timeout / 2);
-        let (tell, mut drained) = oneshot::channel();
+        let (tell, drained) = oneshot::channel();
         let _ = running.orders.send(Command::Drain(tell));
+        let mut over = Box::pin(futures_util::future::join(drained, futures_util::future::join_all(tasks)));
         let in_time = tokio::select! {
-            _ = &mut drained => true,
+            _ = &mut over => true,
             () = tokio::time::sleep(soft) => false,
             _ = stop.recv() => false,
         };
         if !in_time {
             let _ = running.orders.send(Command::Interrupt);
-            if tokio::time::timeout(SETTLE, &mut drained).await.is_err() {
+            if tokio::time::timeout(SETTLE, over).await.is_err() {
                 tracing::warn!("some events could not be settled: the broker delivers them again");
             }
         }
         flush(&outbox, SETTLE).await;
-        phase.send_replace(Phase::Closing);
-        let closed = futures_util::future::join_all(tasks);
-        let _ = tokio::time::timeout(SETTLE, closed).await;
         futures_util::future::join_all(handlers.iter().map(|handler| handler.close())).await;
         keeper.abort();
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
         Ok(())
     }
+}
+
+fn told_early(name: &str) -> anyhow::Result<()> {
+    tracing::info!(worker = name, "told to stop before it took anything");
+    Ok(())
 }
 
 /// Waits until everything recorded is published. What is not stays in the store for the next owner.

@@ -1,5 +1,5 @@
 //! Deliveries on their way in: adoption before the first, then a job each, then the schedule.
-use super::{News, Pipeline, millis, now_ms};
+use super::{Id, News, Pipeline, millis, now_ms};
 use crate::consumer::Arrival;
 use crate::fault;
 use crate::job::Job;
@@ -117,20 +117,36 @@ impl Pipeline {
         }
     }
 
+    /// The partition is handed over: what has not begun is given back, what runs goes on to its end.
+    pub(super) fn leaving(&mut self, epoch: u64) {
+        self.give_back(epoch, Fact::Interrupted);
+    }
+
     pub(super) fn ended(&mut self, epoch: u64) {
+        self.give_back(epoch, Fact::Gone);
+        // The next owner must not take a run for a death of this process: it is no longer counted.
+        let running: Vec<Id> = self.jobs.keys().filter(|id| self.is_of(id, epoch)).copied().collect();
+        running.into_iter().for_each(|id| self.unmark(id));
+    }
+
+    /// Lets go of an epoch's deliveries that have not begun, or wait in place.
+    fn give_back(&mut self, epoch: u64, why: Fact) {
         self.epochs.remove(&epoch);
         let Self { schedule, jobs, .. } = self;
         for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {
             jobs.remove(&id);
         }
-        self.leave_holds(|job| job.ticket.epoch() == epoch, Fact::Gone);
-        // The next owner must not take a run for a death of this process: what waits for its turn leaves, what runs is
-        // no longer counted.
-        let of = |s: &Self, id: &super::Id| s.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch);
-        let (leaving, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| of(self, id));
+        self.leave_holds(|job| job.ticket.epoch() == epoch, why);
+        let (ready, staying) = std::mem::take(&mut self.ready).into_iter().partition(|id| self.is_of(id, epoch));
+        self.ready = staying;
+        VecDeque::into_iter(ready).for_each(|id| self.fact(id, Fact::Gone));
+        // The next owner must not take it for what killed this process.
+        let (alone, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| self.is_of(id, epoch));
         self.alone = staying;
-        VecDeque::into_iter(leaving).for_each(|id| self.fact(id, Fact::Interrupted));
-        let running: Vec<super::Id> = self.jobs.keys().filter(|id| of(self, id)).copied().collect();
-        running.into_iter().for_each(|id| self.unmark(id));
+        VecDeque::into_iter(alone).for_each(|id| self.fact(id, Fact::Interrupted));
+    }
+
+    fn is_of(&self, id: &Id, epoch: u64) -> bool {
+        self.jobs.get(id).is_some_and(|job| job.ticket.epoch() == epoch)
     }
 }

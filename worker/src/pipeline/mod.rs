@@ -24,7 +24,7 @@ use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use warren_publisher::Publisher;
@@ -88,6 +88,8 @@ pub(crate) struct Parts {
 pub struct Pulse {
     /// Milliseconds since 1970 of the loop's last turn.
     pub turned: AtomicI64,
+    /// Handlers that run.
+    pub running: AtomicUsize,
     /// Whether the store refused its last call.
     pub store_fails: AtomicBool,
 }
@@ -214,6 +216,7 @@ impl Pipeline {
     fn arrive(&mut self, news: consumer::News) {
         match news {
             consumer::News::Arrived(arrivals) => self.arrived(arrivals),
+            consumer::News::Leaving(epoch) => self.leaving(epoch),
             consumer::News::Ended(epoch) => self.ended(epoch),
         }
     }
@@ -351,6 +354,7 @@ impl Pipeline {
 
     fn gauge(&self) {
         self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
+        self.parts.pulse.running.store(self.active, Ordering::Relaxed);
         metrics::set(names::RUNNING, self.active);
         metrics::set(names::WAITING, self.schedule.waiting());
         metrics::set(names::OUTBOX, self.parts.outbox.pending());

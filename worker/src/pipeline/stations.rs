@@ -40,8 +40,11 @@ pub(super) struct Queue {
 
 impl Pipeline {
     pub(super) fn looked(&mut self, id: Id, known: Option<Committed>) {
-        let Some(proof) = known else { return self.ready.push_back(id) };
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(proof) = known else {
+            // It may have lost its right to begin while the store was asked.
+            return if job.ticket.may_begin() { self.ready.push_back(id) } else { self.fact(id, Fact::Gone) };
+        };
         job.proof = Some(Proof::Committed(proof));
         metrics::count(names::DUPLICATES, 1);
         self.known(id, Fact::Known);
@@ -66,7 +69,7 @@ impl Pipeline {
     fn unknown(&mut self, id: Id) {
         let Some(job) = self.jobs.get(&id) else { return };
         let attempt = job.attempt();
-        let fact = if !job.ticket.is_live() {
+        let fact = if !job.ticket.may_begin() {
             Fact::Gone
         } else if job.route().is_none() {
             Fact::Unrouted
@@ -89,35 +92,34 @@ impl Pipeline {
         metrics::observe(names::COMMIT_SECONDS, since.elapsed().as_secs_f64());
         metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
         let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
-        let mut effects = VecDeque::from(effects);
         let (mut relay, mut handled) = (Vec::new(), vec![0; self.parts.house.topology.lanes.iter().count()]);
-        let recorded = |s: &mut Self, id: Id, recorded: Recorded| {
-            let effect = effects.pop_front();
-            let (proof, fact) = match recorded {
-                Recorded::Fresh(proof, rows) => {
-                    if let Some(Effect { partition, out, .. }) = effect {
-                        let row = |(id, message)| Row { id, partition: partition.clone(), message };
-                        relay.extend(rows.into_iter().zip(out).map(row));
-                    }
-                    s.tally(id, &mut handled);
-                    (proof, Fact::Committed)
-                }
-                Recorded::Superseded(proof) => {
-                    metrics::count(names::DUPLICATES, 1);
-                    (proof, Fact::Superseded)
-                }
-            };
+        let proof = |(recorded, effect): (Recorded, Effect)| match recorded {
+            Recorded::Fresh(proof, rows) => {
+                let Effect { partition, out, .. } = effect;
+                let row = |(id, message)| Row { id, partition: partition.clone(), message };
+                relay.extend(rows.into_iter().zip(out).map(row));
+                (proof, Fact::Committed)
+            }
+            Recorded::Superseded(proof) => (proof, Fact::Superseded),
+        };
+        let answer = answer.map(|all| all.into_iter().zip(effects).map(proof).collect());
+        // Before any ack: a hand-over that sees the last one waits for these rows.
+        if !relay.is_empty() {
+            self.parts.outbox.push(relay);
+        }
+        self.answered(Station::Commit, ids, answer, |s, id, (proof, fact)| {
+            if fact == Fact::Committed {
+                s.tally(id, &mut handled);
+            } else {
+                metrics::count(names::DUPLICATES, 1);
+            }
             if let Some(job) = s.jobs.get_mut(&id) {
                 job.proof = Some(Proof::Committed(proof));
             }
-            if fact == Fact::Superseded { s.known(id, fact) } else { s.fact(id, fact) }
-        };
-        self.answered(Station::Commit, ids, answer, recorded);
+            if fact == Fact::Committed { s.fact(id, fact) } else { s.known(id, fact) }
+        });
         for (lane, count) in self.parts.house.topology.lanes.iter().zip(handled).filter(|(_, count)| *count > 0) {
             metrics::count_by(names::HANDLED, "lane", lane.name.clone(), count);
-        }
-        if !relay.is_empty() {
-            self.parts.outbox.push(relay);
         }
     }
 
@@ -295,7 +297,11 @@ impl Pipeline {
         ids.retain(|id| self.jobs.contains_key(id));
         // A delivery whose channel ended comes again: neither looked up nor copied. Outcomes are recorded all the same.
         if matches!(station, Station::Look | Station::Start | Station::Publish) {
-            let gone = |id: &Id| self.jobs.get(id).is_none_or(|job| !job.ticket.is_live());
+            let keeps = |job: &Job| match station {
+                Station::Look => job.ticket.may_begin(),
+                _ => job.ticket.is_live(),
+            };
+            let gone = |id: &Id| self.jobs.get(id).is_none_or(|job| !keeps(job));
             let (dead, live): (Vec<Id>, Vec<Id>) = ids.into_iter().partition(gone);
             ids = live;
             dead.into_iter().for_each(|id| self.gone(id));

@@ -1,0 +1,77 @@
+//! A worker with a Rust handler that notes every call: fast enough to load a fleet on two cores.
+//!
+//! usage: warren-test-worker FILE    environment as for `warren-worker run`
+//!
+//! Each call appends two lines to FILE, which no other process writes to: `b <ns> <id> <key> <sequence> <attempt>` when
+//! it begins, `e <ns> <id>` when it ends (the clock is the machine's). Every call emits one event under an id of its own:
+//! an effect that is recorded twice shows as two.
+//!
+//! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
+use rustix::time::{ClockId, clock_gettime};
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use warren_publisher::process::{self, Spare};
+use warren_shared::env::Reader;
+use warren_shared::{Event, Limits, Value};
+use warren_worker::{Failure, Reply, Worker, shutdown};
+
+#[derive(serde::Deserialize, Default)]
+struct Wish {
+    sleep: Option<f64>,
+    fail_until: Option<i64>,
+}
+
+fn main() -> ExitCode {
+    let settings = match process::settings(Reader::Worker) {
+        Ok(settings) => settings,
+        Err(code) => return code,
+    };
+    let Some(path) = std::env::args().nth(1) else { return ExitCode::from(64) };
+    let Ok(file) = std::fs::OpenOptions::new().create(true).append(true).open(path) else { return ExitCode::FAILURE };
+    let file = Arc::new(Mutex::new(file));
+    let handle = move |event: Event, _| {
+        let file = file.clone();
+        async move {
+            let sequence = event.extension("sequence").map_or_else(|| "-".into(), ToString::to_string);
+            note(&file, &format!("b {} {} {} {sequence} 1\n", now(), event.id(), event.key()));
+            let wish: Wish = event.json().unwrap_or_default();
+            if let Some(seconds) = wish.sleep {
+                tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+            }
+            let failed = wish.fail_until.is_some_and(|until| jiff::Timestamp::now().as_millisecond() < until);
+            note(&file, &format!("e {} {}\n", now(), event.id()));
+            if failed {
+                return Err(Failure::retry("not yet"));
+            }
+            let entry = Event::new(uuid::Uuid::new_v4().to_string(), "/tests", "test.recorded")
+                .and_then(|entry| entry.with("partitionkey", Value::Text(event.key().into_owned())))
+                .and_then(|entry| {
+                    entry.with_json(
+                        format!("{{\"id\":\"{}\",\"sequence\":\"{sequence}\"}}", event.id()).as_bytes(),
+                        Limits::default(),
+                    )
+                });
+            Ok(Reply::done().emit(entry.map_err(Failure::dead)?))
+        }
+    };
+    let ran = process::run(Spare::One, async move {
+        let built = Worker::builder(settings).handle("order.#", handle).build();
+        let worker = built.map_err(|mistakes| anyhow::anyhow!("{mistakes:?}"))?;
+        worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
+    });
+    ran.unwrap_or_else(|error| process::fail(&error))
+}
+
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// One write a line, so that a kill cuts none in two.
+fn note(file: &Mutex<std::fs::File>, line: &str) {
+    if let Ok(mut file) = file.lock() {
+        let _ = file.write_all(line.as_bytes());
+    }
+}

@@ -1,0 +1,148 @@
+//! What all subscriptions of a worker share: the connections, and the repair of a topology that somebody deleted.
+use super::subscription::{Slot, Subscription};
+use super::{News, Place};
+use crate::outbox::Outbox;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use warren_publisher::declare::{self, DeclareError};
+use warren_publisher::{Broker, Link};
+use warren_shared::env::Declare;
+use warren_shared::event::Limits;
+use warren_shared::fleet::Clock;
+use warren_shared::topology::{Declaration, Topology};
+
+const CHANNELS_A_CONNECTION: usize = 16;
+
+/// What all subscriptions of a worker share.
+#[derive(Debug)]
+pub struct Subscriptions {
+    broker: Broker,
+    /// Each connection carries a few channels: the library walks over all of them at every frame. Whoever uses one holds
+    /// it.
+    links: tokio::sync::Mutex<Vec<Arc<Link>>>,
+    declarations: Vec<Declaration>,
+    declare: Declare,
+    declaring: tokio::sync::Mutex<()>,
+    pub(super) prefetch: u16,
+    pub(super) limits: Limits,
+    pub(super) consuming: AtomicUsize,
+    pub(super) epochs: AtomicU64,
+    /// Stamps subscriptions: their order in each queue's line.
+    pub(super) clock: Arc<Clock>,
+    /// A subscription began or ended.
+    pub(super) changed: Notify,
+}
+
+impl Subscriptions {
+    /// Prepares the subscriptions of a pool; nothing is opened yet.
+    #[must_use]
+    pub fn new(broker: Broker, topology: &Topology, declare: Declare, prefetch: u16, limits: Limits) -> Arc<Self> {
+        Arc::new(Self {
+            broker,
+            links: tokio::sync::Mutex::default(),
+            declarations: topology.declarations(),
+            declare,
+            declaring: tokio::sync::Mutex::new(()),
+            prefetch,
+            limits,
+            consuming: AtomicUsize::new(0),
+            epochs: AtomicU64::new(0),
+            clock: Arc::default(),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Subscriptions that the broker has accepted.
+    #[must_use]
+    pub fn consuming(&self) -> usize {
+        self.consuming.load(Ordering::Relaxed)
+    }
+
+    /// The clock that stamps subscriptions.
+    #[must_use]
+    pub fn clock(&self) -> &Arc<Clock> {
+        &self.clock
+    }
+
+    /// Waits until a subscription began or ended.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Starts one task a partition; none subscribes before its slot is told to. Each ends after [`super::Want::End`].
+    #[must_use]
+    pub fn start(
+        self: &Arc<Self>,
+        topology: &Topology,
+        news: &mpsc::UnboundedSender<News>,
+        outbox: &Outbox,
+    ) -> (Vec<Slot>, Vec<JoinHandle<()>>) {
+        let lanes = topology.lanes.iter().enumerate();
+        let places = lanes.flat_map(|(lane, l)| {
+            (0..topology.partitions).map(move |partition| Place {
+                lane,
+                lane_name: l.name.clone(),
+                queue: topology.partition(&l.name, partition).into(),
+            })
+        });
+        let start = |place: Place| {
+            let place = Arc::new(place);
+            let (slot, want) = Slot::new(place.clone());
+            let subscription = Subscription {
+                shared: self.clone(),
+                place,
+                news: news.clone(),
+                outbox: outbox.clone(),
+                want,
+                standing: slot.standing.clone(),
+            };
+            (slot, tokio::spawn(subscription.run()))
+        };
+        places.map(start).unzip()
+    }
+
+    /// Declares what is missing again: somebody deleted it under us.
+    ///
+    /// # Errors
+    /// Why it cannot be declared.
+    pub async fn repair(&self) -> Result<(), DeclareError> {
+        let _one_at_a_time = self.declaring.lock().await;
+        if self.declare == Declare::Never {
+            return Ok(());
+        }
+        let link = self.link().await;
+        declare::apply(&link, &self.declarations).await
+    }
+
+    /// A connection that can bear one more channel.
+    pub(super) async fn link(&self) -> Arc<Link> {
+        // Whoever comes first connects, the others wait at the lock and find it done.
+        let mut links = self.links.lock().await;
+        links.retain(|link| link.is_alive());
+        let users = |link: &Arc<Link>| Arc::strong_count(link) - 1;
+        if let Some(link) = links.iter().find(|link| users(link) < CHANNELS_A_CONNECTION) {
+            return link.clone();
+        }
+        let link = Arc::new(self.broker.connect_for_ever("consume").await);
+        links.push(link.clone());
+        link
+    }
+
+    /// Gives a connection back; one that nobody uses any more is closed, but for the last.
+    pub(super) async fn give_back(&self, link: Arc<Link>) {
+        let mut links = self.links.lock().await;
+        if links.len() > 1 && Arc::strong_count(&link) == 2 {
+            links.retain(|other| !Arc::ptr_eq(other, &link));
+            drop(links);
+            link.close().await;
+        }
+    }
+
+    /// Closes the connections.
+    pub async fn close(&self) {
+        let links = std::mem::take(&mut *self.links.lock().await);
+        futures_util::future::join_all(links.iter().map(|link| link.close())).await;
+    }
+}
