@@ -63,6 +63,15 @@ impl BrokerError {
 /// How long a broker may take from the first byte to an open connection.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
+/// Seconds of `?heartbeat=` where the URL says nothing.
+const HEARTBEAT: u16 = 10;
+
+/// Who sets a heartbeat of N seconds expects a silent peer to be given up after 2 N. RabbitMQ looks once an interval and
+/// does so after two to three of them: it is asked for two thirds.
+fn interval(heartbeat: u16) -> u16 {
+    if heartbeat == 0 { 0 } else { (heartbeat * 2 / 3).max(1) }
+}
+
 /// How to reach the broker.
 #[derive(Clone, Debug)]
 pub struct Broker {
@@ -91,7 +100,7 @@ impl Broker {
     pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
         // The parser's error may hold the URL, and with it the password.
         let mut uri: AMQPUri = self.url.reveal().parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
-        uri.query.heartbeat.get_or_insert(10);
+        uri.query.heartbeat = Some(interval(uri.query.heartbeat.unwrap_or(HEARTBEAT)));
         uri.query.connection_timeout.get_or_insert(5000);
         let name = format!("{} ({purpose})", self.name);
         let properties = ConnectionProperties::default().with_connection_name(name.into());

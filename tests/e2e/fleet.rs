@@ -1,7 +1,10 @@
 //! A pool of workers behaves as one: balanced, failed over, handed over, and in order all the while.
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use rustix::process::Signal;
+use std::collections::HashMap;
 use std::time::Duration;
-use warren_tests::{Fleet, Lab, Trace, until};
+use warren_tests::trace::{self, Call};
+use warren_tests::{Fleet, Lab, Trace, quantile, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -73,5 +76,121 @@ async fn a_second_store_in_a_pool_is_refused() -> anyhow::Result<()> {
     })
     .await?;
     lab.balanced(1, PATIENCE).await?;
+    fleet.stop(&lab).await
+}
+
+/// How long each partition of a worker that stopped was not served, in milliseconds, sorted.
+fn outages(trace: &Trace, places: &HashMap<String, String>, lost: &[String], gone: &str, at: u64) -> Vec<f64> {
+    let next = |queue: &String| {
+        let of = |call: &&Call| call.worker != gone && call.begin >= at && places.get(&call.key) == Some(queue);
+        trace.calls.iter().find(of).map_or(f64::INFINITY, |call| (call.begin - at) as f64 / 1e6)
+    };
+    let mut outages: Vec<f64> = lost.iter().map(next).collect();
+    outages.sort_by(f64::total_cmp);
+    outages
+}
+
+const KEYS: usize = 120;
+
+/// Three workers at work, the partitions of one of them, and where each key goes.
+async fn three(lab: &Lab) -> anyhow::Result<(Fleet, Vec<String>, HashMap<String, String>)> {
+    let places = lab.places((0..KEYS).map(|n| format!("k{n}"))).await?;
+    let mut fleet = Fleet::default();
+    fleet.scale(lab, 3).await?;
+    let (map, _) = lab.balanced(3, PATIENCE).await?;
+    let owned = map.active.iter().filter(|(_, worker)| *worker == "w0").map(|(queue, _)| queue.clone()).collect();
+    Ok((fleet, owned, places))
+}
+
+#[tokio::test]
+async fn the_standby_takes_over_from_a_killed_owner_within_two_seconds() -> anyhow::Result<()> {
+    let lab = lab("fleet-kill", "12").await?;
+    let (mut fleet, owned, places) = three(&lab).await?;
+    let load = lab.load(600, KEYS)?;
+    lab.progressed(1_500, PATIENCE).await?;
+    let at = trace::now();
+    fleet.workers.get_mut("w0").context("it runs")?.kill().await?;
+    fleet.workers.remove("w0");
+    lab.progressed(lab.inbox() + 2_400, PATIENCE).await?;
+    // The survivors share what it had, again with a standby each.
+    let (_, took) = lab.balanced(2, Duration::from_secs(15)).await?;
+    let ids = load.finish().await?;
+    let trace = kept(&lab, &ids).await?;
+    let outages = outages(&trace, &places, &owned, "w0", at);
+    println!(
+        "kill -9: {} partitions, outage median {:.0} ms, most {:.0} ms; two lines each again after {took:.1?}",
+        owned.len(),
+        quantile(&outages, 0.5),
+        quantile(&outages, 1.0)
+    );
+    ensure!(!outages.is_empty() && quantile(&outages, 1.0) <= 2_000.0, "{outages:?}{}", lab.logs());
+    fleet.stop(&lab).await
+}
+
+#[tokio::test]
+async fn the_standby_takes_over_from_a_frozen_owner_which_breaks_nothing_when_it_thaws() -> anyhow::Result<()> {
+    let mut lab = lab("fleet-freeze", "12").await?;
+    lab.set("AMQP_URL", &format!("{}?heartbeat=5", lab.url()));
+    let (mut fleet, owned, places) = three(&lab).await?;
+    let load = lab.load(300, KEYS)?;
+    lab.progressed(900, PATIENCE).await?;
+    // Whoever is frozen inside a transaction of SQLite takes the file's lock along, and the whole pool waits for it: that
+    // is no matter of the fleet, so it is frozen outside of one.
+    let at = loop {
+        let at = trace::now();
+        fleet.workers["w0"].freeze().await?;
+        if !lab.store_is_locked()? {
+            break at;
+        }
+        fleet.workers["w0"].signal(Signal::CONT)?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    fleet.workers["w0"].signal(Signal::CONT)?;
+    lab.progressed(lab.inbox() + 600, PATIENCE).await?;
+    lab.balanced(3, Duration::from_secs(30)).await?;
+    let ids = load.finish().await?;
+    let ledger = lab.tally(&ids, PATIENCE).await?;
+    let trace = Trace::read(&lab.dir)?;
+    let (verdict, outages) = (trace.verdict(), outages(&trace, &places, &owned, "w0", at));
+    println!(
+        "frozen: {} partitions, outage median {:.0} ms, most {:.0} ms; {verdict:?}",
+        owned.len(),
+        quantile(&outages, 0.5),
+        quantile(&outages, 1.0)
+    );
+    ensure!(ledger.adds_up() && verdict.inversions == 0, "{ledger} {verdict:?}{}", lab.logs());
+    ensure!(!outages.is_empty() && quantile(&outages, 1.0) <= 10_000.0, "{outages:?}{}", lab.logs());
+    fleet.stop(&lab).await
+}
+
+#[tokio::test]
+async fn ten_rolling_restarts_under_load_leave_no_partition_unserved_for_long() -> anyhow::Result<()> {
+    let lab = lab("fleet-rolling", "12").await?;
+    let (mut fleet, _, places) = three(&lab).await?;
+    let load = lab.load(600, KEYS)?;
+    lab.progressed(1_000, PATIENCE).await?;
+    for _ in 0..10 {
+        let old: Vec<String> = fleet.workers.keys().cloned().collect();
+        for name in old {
+            fleet.start(&lab)?;
+            // As a Deployment does it: the next goes when the new one takes events.
+            lab.balanced(4, PATIENCE).await?;
+            fleet.drain(&name).await?;
+        }
+    }
+    lab.balanced(3, PATIENCE).await?;
+    let ids = load.finish().await?;
+    let trace = kept(&lab, &ids).await?;
+    let gaps = trace.gaps(|key| places.get(key).cloned());
+    println!(
+        "30 restarts, {} hand-overs: gap median {:.0} ms, p99 {:.0} ms, most {:.0} ms",
+        gaps.len(),
+        quantile(&gaps, 0.5),
+        quantile(&gaps, 0.99),
+        quantile(&gaps, 1.0)
+    );
+    ensure!(trace.verdict().repeats == 0, "nobody was killed: {:?}", trace.verdict());
+    ensure!(gaps.len() > 100 && quantile(&gaps, 0.99) <= 1_000.0, "{:?}", &gaps[gaps.len().saturating_sub(20)..]);
     fleet.stop(&lab).await
 }

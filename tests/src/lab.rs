@@ -307,6 +307,16 @@ impl Lab {
         Ok(sum)
     }
 
+    /// Whether somebody holds the store's lock for writing, for longer than a transaction takes.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn store_is_locked(&self) -> anyhow::Result<bool> {
+        let store = rusqlite::Connection::open(self.path("warren.db"))?;
+        store.busy_timeout(Duration::from_millis(500))?;
+        Ok(store.execute_batch("BEGIN IMMEDIATE; ROLLBACK").is_err())
+    }
+
     fn count(&self, table: &str) -> anyhow::Result<usize> {
         self.ask(&format!("SELECT count(*) FROM {table}"))
     }

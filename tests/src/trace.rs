@@ -127,6 +127,13 @@ impl Trace {
     }
 }
 
+/// The clock of the notes.
+#[must_use]
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
 /// A quantile of sorted values, 0..1.
 #[must_use]
 pub fn quantile(sorted: &[f64], part: f64) -> f64 {

@@ -7,7 +7,6 @@
 //! an effect that is recorded twice shows as two.
 //!
 //! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
-use rustix::time::{ClockId, clock_gettime};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
@@ -15,6 +14,7 @@ use std::time::Duration;
 use warren_publisher::process::{self, Spare};
 use warren_shared::env::Reader;
 use warren_shared::{Event, Limits, Value};
+use warren_tests::trace::now;
 use warren_worker::{Failure, Reply, Worker, shutdown};
 
 #[derive(serde::Deserialize, Default)]
@@ -62,11 +62,6 @@ fn main() -> ExitCode {
         worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
     });
     ran.unwrap_or_else(|error| process::fail(&error))
-}
-
-fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
 /// One write a line, so that a kill cuts none in two.

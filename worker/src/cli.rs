@@ -1,6 +1,7 @@
 //! The commands of `warren-worker`.
 use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
+use crate::fleet::JoinError;
 use crate::shutdown;
 use crate::status;
 use crate::worker::{Worker, open, worker_name};
@@ -140,7 +141,7 @@ pub fn main() -> ExitCode {
 fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
     match ran {
         Ok(code) => code,
-        Err(error) if error.is::<crate::store::StoreError>() => {
+        Err(error) if error.is::<crate::store::StoreError>() || error.is::<JoinError>() => {
             eprintln!("error: {error:#}");
             ExitCode::from(exit::UNAVAILABLE)
         }

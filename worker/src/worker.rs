@@ -176,13 +176,15 @@ impl Worker {
             held: Vec::new(),
             troubles: Vec::new(),
         };
-        let join = Newcomer::join(broker, &topology, me, subscriptions.clock().clone(), settings.connect_timeout);
+        let clock = subscriptions.clock().clone();
+        let join = Newcomer::join(broker, &publisher, &topology, me, clock, settings.connect_timeout);
         let newcomer = tokio::select! {
             biased;
             _ = stop.recv() => return told_early(&name),
             joined = join => joined.map_err(|why| match why {
                 JoinError::Broker(error) => anyhow::Error::from(error),
                 JoinError::Conflict(conflict) => conflict.into(),
+                denied @ JoinError::Denied { .. } => denied.into(),
             })?,
         };
 
@@ -210,9 +212,12 @@ impl Worker {
             partitions = slots.len(),
             "worker '{name}' takes events"
         );
-        let supervisor = Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone());
+        let mut supervisor = Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone());
 
-        let _ = stop.recv().await;
+        let conflict = tokio::select! {
+            _ = stop.recv() => None,
+            conflict = supervisor.conflict() => Some(conflict),
+        };
         let timeout = settings.drain_timeout;
         tracing::info!(?timeout, "draining: taking nothing more, finishing what runs (a second signal interrupts it)");
         vitals.draining.store(true, Ordering::Relaxed);
@@ -238,7 +243,7 @@ impl Worker {
         keeper.abort();
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
-        Ok(())
+        conflict.map_or(Ok(()), |conflict| Err(conflict.into()))
     }
 }
 

@@ -1,17 +1,18 @@
 //! The fleet's words over AMQP: one fanout exchange a pool, one exclusive queue a worker, nothing that outlives it.
 //!
 //! A connection of its own: an alarm blocks whatever publishes, and must not block acks. Words are not confirmed; whoever
-//! hears its own knows that the way is open.
+//! hears its own knows that the way is open. Under an alarm nobody speaks, and so nobody is given up.
+use super::JoinError;
 use futures_util::StreamExt;
-use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
-};
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, LongString};
-use lapin::{BasicProperties, Channel, Confirmation, Consumer, Error};
+use lapin::{BasicProperties, Channel, Consumer, Error, ErrorKind};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use warren_publisher::broker::describe;
 use warren_publisher::{Broker, BrokerError, Link};
+use warren_shared::Message;
 use warren_shared::fleet::Word;
 
 /// What comes in.
@@ -36,6 +37,14 @@ const MOST: i32 = 10_000;
 /// How long the broker may take for an answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// A word as a message.
+pub(super) fn message(exchange: &str, word: &Word) -> Message {
+    let body = serde_json::to_vec(word).unwrap_or_default();
+    let id = uuid::Uuid::new_v4().to_string();
+    let content_type = Some("application/json".into());
+    Message { exchange: exchange.into(), message_id: Some(id), content_type, body, ..Message::default() }
+}
+
 struct Line {
     link: Link,
     channel: Channel,
@@ -43,22 +52,17 @@ struct Line {
 }
 
 impl Gossip {
-    /// Connects. With a first word it also tells whether anybody else was there to hear it.
+    /// Connects: from now on everything is heard.
     ///
     /// # Errors
     /// The broker does not answer in time, or refuses.
-    pub(super) async fn open(
-        broker: Broker,
-        exchange: String,
-        first: Option<&Word>,
-        patience: Duration,
-    ) -> Result<(Self, bool), BrokerError> {
+    pub(super) async fn open(broker: Broker, exchange: String, patience: Duration) -> Result<Self, JoinError> {
         let link = broker.connect_within("fleet", patience).await?;
-        let (line, alone) = within(Line::open(link, &exchange, first)).await?;
+        let line = within(&exchange, Line::open(link, &exchange)).await?;
         let (tell, tidings) = mpsc::unbounded_channel();
         let (say, said) = mpsc::unbounded_channel();
         tokio::spawn(Task { broker, exchange, said, tell }.run(line));
-        Ok((Self { tidings, say }, alone))
+        Ok(Self { tidings, say })
     }
 
     /// Says something, if the way is open.
@@ -67,15 +71,20 @@ impl Gossip {
     }
 }
 
-async fn within<T>(doing: impl Future<Output = Result<T, Error>>) -> Result<T, BrokerError> {
-    match tokio::time::timeout(ANSWER, doing).await {
-        Ok(done) => done.map_err(|error| BrokerError::lost(&error)),
-        Err(_) => Err(BrokerError::Lost("the broker does not answer".into())),
-    }
+async fn within<T>(exchange: &str, doing: impl Future<Output = Result<T, Error>>) -> Result<T, JoinError> {
+    let Ok(done) = tokio::time::timeout(ANSWER, doing).await else {
+        return Err(BrokerError::Lost("the broker does not answer".into()).into());
+    };
+    done.map_err(|error| match error.kind() {
+        ErrorKind::ProtocolError(amqp) if *amqp.kind() == AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
+            JoinError::Denied { said: describe(&error), pattern: exchange.replace('.', r"\.") }
+        }
+        _ => BrokerError::lost(&error).into(),
+    })
 }
 
 impl Line {
-    async fn open(link: Link, exchange: &str, first: Option<&Word>) -> Result<(Self, bool), Error> {
+    async fn open(link: Link, exchange: &str) -> Result<Self, Error> {
         let channel = link.connection().create_channel().await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(LongString::from("classic")));
@@ -86,41 +95,17 @@ impl Line {
         channel.queue_declare(name.as_str().into(), options, arguments).await?;
         let options = BasicConsumeOptions { no_ack: true, exclusive: true, ..Default::default() };
         let consumer = channel.basic_consume(name.as_str().into(), "".into(), options, FieldTable::default()).await?;
-        // Before our own queue is bound: a word that comes back as unroutable was heard by nobody.
-        let alone = match first {
-            Some(word) => unheard(&link, exchange, word).await?,
-            None => false,
-        };
         let bind = QueueBindOptions::default();
         channel.queue_bind(name.as_str().into(), exchange.into(), "".into(), bind, FieldTable::default()).await?;
-        Ok((Self { link, channel, consumer }, alone))
+        Ok(Self { link, channel, consumer })
     }
 
     async fn say(&self, exchange: &str, word: &Word) -> Result<(), Error> {
-        publish(&self.channel, exchange, word, false).await.map(|_| ())
+        let Message { content_type, body, .. } = message(exchange, word);
+        let properties = BasicProperties::default().with_content_type(content_type.unwrap_or_default().into());
+        let options = BasicPublishOptions::default();
+        self.channel.basic_publish(exchange.into(), "".into(), options, &body, properties).await.map(|_| ())
     }
-}
-
-async fn unheard(link: &Link, exchange: &str, word: &Word) -> Result<bool, Error> {
-    let channel = link.connection().create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    // The only message of this channel: what is returned can be no other.
-    let confirmation = publish(&channel, exchange, word, true).await?.await?;
-    let alone = matches!(confirmation, Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)));
-    let _ = channel.close(200, "asked".into()).await;
-    Ok(alone)
-}
-
-async fn publish(
-    channel: &Channel,
-    exchange: &str,
-    word: &Word,
-    mandatory: bool,
-) -> Result<lapin::PublisherConfirm, Error> {
-    let body = serde_json::to_vec(word).unwrap_or_default();
-    let options = BasicPublishOptions { mandatory, ..Default::default() };
-    let properties = BasicProperties::default().with_content_type("application/json".into());
-    channel.basic_publish(exchange.into(), "".into(), options, &body, properties).await
 }
 
 struct Task {
@@ -137,8 +122,8 @@ impl Task {
             line.link.close().await;
             line = loop {
                 let link = self.broker.connect_for_ever("fleet").await;
-                match within(Line::open(link, &self.exchange, None)).await {
-                    Ok((line, _)) => break line,
+                match within(&self.exchange, Line::open(link, &self.exchange)).await {
+                    Ok(line) => break line,
                     Err(error) => {
                         tracing::warn!(%error, "the fleet cannot be heard yet, trying again");
                         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -161,6 +146,8 @@ impl Task {
             tokio::select! {
                 word = self.said.recv() => match word {
                     None => return Ok(()),
+                    // Under an alarm nothing is written; the next word will be as good.
+                    Some(_) if line.link.blocked().borrow().is_some() => {}
                     Some(word) => match tokio::time::timeout(ANSWER, line.say(&self.exchange, &word)).await {
                         Ok(said) => said.map_err(|error| describe(&error))?,
                         Err(_) => return Err("the broker does not take it".into()),

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior};
-use warren_publisher::{Broker, BrokerError};
+use warren_publisher::{Broker, BrokerError, Publisher, Refused};
 use warren_shared::assignment::{Member, assign};
 use warren_shared::fleet::{Clock, Conflict, Fleet, Heard, Held, Kind, Role, Step, View, Word, step};
 use warren_shared::topology::{Order, Topology};
@@ -38,6 +38,17 @@ pub enum JoinError {
     /// The broker cannot be had.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+    /// The user lacks a permission.
+    #[error(
+        "the broker denies the worker its place in the fleet ({said}): grant its user configure on '^{pattern}\\.', and \
+         write and read on '^{pattern}'"
+    )]
+    Denied {
+        /// What the broker said.
+        said: String,
+        /// The exchange, as a regular expression.
+        pattern: String,
+    },
     /// Somebody of the pool cannot share it with us.
     #[error(transparent)]
     Conflict(#[from] Conflict),
@@ -57,28 +68,33 @@ impl Newcomer {
     /// The broker cannot be had, or somebody has another store.
     pub async fn join(
         broker: Broker,
+        publisher: &Publisher,
         topology: &Topology,
         me: Word,
         clock: Arc<Clock>,
         patience: Duration,
     ) -> Result<Self, JoinError> {
         let hello = Word { kind: Kind::Join, ..me.clone() };
-        let (mut gossip, alone) = Gossip::open(broker, topology.fleet(), Some(&hello), patience).await?;
+        // Before our own queue is bound: what comes back was heard by nobody. Under an alarm nothing comes at all.
+        let heard = publisher.publish(gossip::message(&topology.fleet(), &hello));
+        let alone = matches!(tokio::time::timeout(CALM, heard).await, Ok(Err(Refused::Returned { .. })));
+        let mut gossip = Gossip::open(broker, topology.fleet(), patience).await?;
         let mut fleet = Fleet::new(me, clock);
+        let mut settled = alone;
         if !alone {
             gossip.say(hello);
             let (begun, mut quiet) = (Instant::now(), Instant::now() + CALM);
-            while let Ok(tiding) = tokio::time::timeout_at(quiet, gossip.tidings.recv()).await {
-                let Some(tiding) = tiding else { break };
+            while let Ok(Some(tiding)) = tokio::time::timeout_at(quiet, gossip.tidings.recv()).await {
                 let Tiding::Word(word) = tiding else { continue };
                 match fleet.hear(*word) {
                     Heard::Stranger { conflict, yield_to: true } => return Err(conflict.into()),
                     Heard::Joined(_) => quiet = (Instant::now() + CALM / 2).max(quiet).min(begun + RESTLESS),
+                    Heard::Echo(_) => settled = true,
                     _ => {}
                 }
             }
         }
-        fleet.me_mut().settled = true;
+        fleet.me_mut().settled = settled;
         Ok(Self { gossip, fleet })
     }
 }
@@ -87,8 +103,8 @@ impl Newcomer {
 ///
 /// # Errors
 /// The broker cannot be had.
-pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Result<Vec<Word>, BrokerError> {
-    let (mut gossip, _) = Gossip::open(broker, topology.fleet(), None, patience).await?;
+pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Result<Vec<Word>, JoinError> {
+    let mut gossip = Gossip::open(broker, topology.fleet(), patience).await?;
     gossip.say(Word::ask(uuid::Uuid::new_v4().simple().to_string()));
     let mut words = BTreeMap::new();
     let over = Instant::now() + BEAT * 3 / 2;
@@ -108,6 +124,7 @@ pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Res
 #[derive(Debug)]
 pub struct Supervisor {
     leave: oneshot::Sender<oneshot::Sender<()>>,
+    conflict: oneshot::Receiver<Conflict>,
 }
 
 /// How many partitions a worker is to take, and to stand by for.
@@ -144,12 +161,34 @@ impl Supervisor {
     ) -> Self {
         let Newcomer { gossip, fleet } = newcomer;
         let (leave, leaving) = oneshot::channel();
+        let (refuse, conflict) = oneshot::channel();
         let queues = slots.iter().map(|slot| slot.place.queue.to_string()).collect();
         let posts = slots.into_iter().map(Post::new).collect();
-        let (strangers, turns, told) = (BTreeMap::new(), 0, (0, 0));
-        let task = Task { gossip, fleet, order, subscriptions, queues, posts, vitals, strangers, turns, told };
+        let task = Task {
+            gossip,
+            fleet,
+            order,
+            subscriptions,
+            queues,
+            posts,
+            vitals,
+            strangers: BTreeMap::new(),
+            refuse: Some(refuse),
+            echoed: false,
+            turns: 0,
+            told: (0, 0),
+        };
         tokio::spawn(task.run(leaving));
-        Self { leave }
+        Self { leave, conflict }
+    }
+
+    /// Waits for ever, but for a newcomer that could not hear the others when it came (an alarm silenced all): if it must
+    /// go after all, this tells why.
+    pub async fn conflict(&mut self) -> Conflict {
+        match (&mut self.conflict).await {
+            Ok(conflict) => conflict,
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// Tells the fleet that this worker takes nothing more, and hands all partitions over. The subscriptions' tasks end.
@@ -218,6 +257,10 @@ struct Task {
     vitals: Vitals,
     /// Those who take events and cannot share the pool with us: why, and when they last spoke.
     strangers: BTreeMap<Member, (Conflict, Instant)>,
+    /// Tells the worker that it must go.
+    refuse: Option<oneshot::Sender<Conflict>>,
+    /// Whether a word of ours came back.
+    echoed: bool,
     turns: u64,
     /// Workers known of, and partitions owned, as last logged.
     told: (usize, usize),
@@ -248,6 +291,9 @@ impl Task {
                     self.say(Kind::Change);
                 }
                 _ = beat.tick() => {
+                    // A beat after our word went round, everybody has spoken.
+                    let settled = self.echoed;
+                    self.fleet.me_mut().settled |= settled;
                     self.measure();
                     self.say(Kind::Beat);
                 }
@@ -291,6 +337,11 @@ impl Task {
                 }
                 return Then::DealSoon;
             }
+            Heard::Stranger { conflict, yield_to: true } => {
+                if let Some(refuse) = self.refuse.take() {
+                    let _ = refuse.send(conflict);
+                }
+            }
             Heard::Stranger { conflict, .. } if settled => {
                 let known = self.strangers.insert(member, (conflict.clone(), Instant::now()));
                 if known.is_none() {
@@ -300,7 +351,7 @@ impl Task {
             Heard::Stranger { conflict, .. } => tracing::warn!("told a newcomer to go: {conflict}"),
             Heard::Known => self.doubt(kind, &member),
             Heard::Asked => return Then::Speak,
-            Heard::Echo(_) => {}
+            Heard::Echo(_) => self.echoed = true,
         }
         if asked { Then::Speak } else { Then::Nothing }
     }

@@ -25,6 +25,8 @@ const SCHEMA: [&str; 2] = [inbox::TABLES, "
 
 /// How long a lock of another process is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks at such a lock, at most, in milliseconds.
+const PAUSE: u64 = 5;
 
 type Job = Box<dyn FnOnce(&mut Desk) + Send>;
 
@@ -118,7 +120,7 @@ impl Sqlite {
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let begun = Instant::now();
     loop {
-        let result = Connection::open(path).and_then(|connection| prepare(&connection).map(|()| connection));
+        let result = Connection::open(path).and_then(|mut connection| prepare(&mut connection).map(|()| connection));
         let busy = |e: &rusqlite::Error| e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy);
         if begun.elapsed() > PATIENCE || !result.as_ref().is_err_and(busy) {
             return result;
@@ -127,8 +129,8 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     }
 }
 
-fn prepare(connection: &Connection) -> rusqlite::Result<()> {
-    connection.busy_timeout(PATIENCE)?;
+fn prepare(connection: &mut Connection) -> rusqlite::Result<()> {
+    connection.busy_handler(Some(wait))?;
     // Before anything is written: a slip in DATABASE_URL must not change another program's data.
     let is_foreign = "SELECT count(*) > 0 AND NOT sum(name = 'inbox') FROM sqlite_master WHERE type = 'table'";
     if connection.query_row(is_foreign, [], |row| row.get(0))? {
@@ -139,6 +141,14 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "cache_size", -4_000)
+}
+
+/// Waits for another process' transaction. SQLite's own handler soon sleeps for a tenth of a second at a time, in which
+/// busier processes take the lock over and over: a partition's new owner would start late.
+fn wait(attempt: i32) -> bool {
+    let pause = u64::try_from(1 + attempt / 8).unwrap_or(1).min(PAUSE);
+    std::thread::sleep(Duration::from_millis(pause));
+    u128::try_from(attempt).unwrap_or(0) * u128::from(PAUSE) < PATIENCE.as_millis()
 }
 
 /// Under one write lock: eight workers that start at once make the schema once.
@@ -274,9 +284,19 @@ impl Store for Sqlite {
 
     fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
         let worker = self.worker.clone();
-        self.run(move |tx| {
+        self.call(move |desk| {
             let columns = "id, partition, envelope, body";
-            match left {
+            // Mostly there is nothing, and a read waits for no other process.
+            if let Left::In(partition) = &left {
+                let any = "SELECT EXISTS (SELECT 1 FROM outbox WHERE partition = ?1 AND worker <> ?2)";
+                let found: bool =
+                    desk.connection.prepare_cached(any)?.query_row(params![partition, worker], |row| row.get(0))?;
+                if !found {
+                    return Ok(Vec::new());
+                }
+            }
+            let (tx, _) = desk.write()?;
+            let rows = match left {
                 Left::In(partition) => {
                     let rows = tx
                         .prepare_cached(&format!(
@@ -285,7 +305,7 @@ impl Store for Sqlite {
                         .query_map(params![partition, worker], row)?
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute("UPDATE outbox SET worker = ?2 WHERE partition = ?1", params![partition, worker])?;
-                    Ok(rows)
+                    rows
                 }
                 Left::Silent(age) => {
                     let before = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
@@ -296,9 +316,10 @@ impl Store for Sqlite {
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute(&format!("UPDATE outbox SET worker = ?1 WHERE {silent}"), params![worker, before])?;
                     tx.execute("DELETE FROM workers WHERE seen < ?1", [before])?;
-                    Ok(rows)
+                    rows
                 }
-            }
+            };
+            tx.commit().map(|()| rows)
         })
     }
 
