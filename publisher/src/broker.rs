@@ -3,6 +3,9 @@ use crate::sieve;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, Error, ErrorKind};
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use warren_shared::env::Secret;
@@ -77,6 +80,8 @@ fn interval(heartbeat: u16) -> u16 {
 pub struct Broker {
     url: Secret,
     name: String,
+    /// Where the next connection of each purpose is tried first: a node that no longer serves us is left.
+    next: Arc<Mutex<HashMap<String, usize>>>,
 }
 
 /// An open connection, and whether the broker blocks it.
@@ -87,19 +92,41 @@ pub struct Link {
 }
 
 impl Broker {
-    /// The broker at a URL; `name` is shown in the broker's list of connections.
+    /// The broker at a URL, or at several of one cluster with commas between them; `name` is shown in the broker's list of
+    /// connections.
     #[must_use]
     pub fn new(url: Secret, name: impl Into<String>) -> Self {
-        Self { url, name: name.into() }
+        Self { url, name: name.into(), next: Arc::default() }
     }
 
-    /// Connects once.
+    /// Connects once, to the first node that answers.
     ///
     /// # Errors
     /// Says why not, and what to do.
     pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
+        let urls: Vec<&str> = self.url.reveal().split(',').map(str::trim).collect();
+        let mut why = BrokerError::Lost("no URL".into());
+        for _ in &urls {
+            match self.connect_to(urls[self.turn(purpose) % urls.len()], purpose).await {
+                Ok(link) => return Ok(link),
+                Err(error) => why = error,
+            }
+        }
+        Err(why)
+    }
+
+    /// A purpose's next place in the list; the first is chosen by chance, so that a fleet spreads over a cluster.
+    fn turn(&self, purpose: &str) -> usize {
+        // No code that holds the lock can panic half-way through a change.
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = next.entry(purpose.to_owned()).or_insert_with(|| RandomState::new().hash_one(purpose) as usize);
+        *turn = turn.wrapping_add(1);
+        *turn
+    }
+
+    async fn connect_to(&self, url: &str, purpose: &str) -> Result<Link, BrokerError> {
         // The parser's error may hold the URL, and with it the password.
-        let mut uri: AMQPUri = self.url.reveal().parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
+        let mut uri: AMQPUri = url.parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
         uri.query.heartbeat = Some(interval(uri.query.heartbeat.unwrap_or(HEARTBEAT)));
         uri.query.connection_timeout.get_or_insert(5000);
         let name = format!("{} ({purpose})", self.name);

@@ -242,13 +242,17 @@ impl Scout<'_> {
         };
         match amqp.kind() {
             AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Ok(Found::Missing),
+            // Until 4.2 it is a command that is invalid, since 4.3 a precondition.
+            AMQPErrorKind::Hard(AMQPHardError::COMMANDINVALID)
+            | AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
+                if said.contains("exchange type") =>
+            {
+                Err(DeclareError::Plugin)
+            }
             AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
                 Ok(Found::Different(mismatch(name(declaration).unwrap_or_default(), &said)))
             }
             AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Err(DeclareError::Denied(said)),
-            AMQPErrorKind::Hard(AMQPHardError::COMMANDINVALID) if said.contains("exchange type") => {
-                Err(DeclareError::Plugin)
-            }
             _ => Err(BrokerError::lost(&error).into()),
         }
     }

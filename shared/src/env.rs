@@ -44,7 +44,7 @@ const fn worker(name: &'static str, default: &'static str, help: &'static str) -
 /// All variables. What is not here does not exist.
 #[rustfmt::skip]
 pub const VARIABLES: &[Variable] = &[
-    both("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f", "the broker, amqps:// for TLS (secret; or AMQP_URL_FILE)"),
+    both("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f", "the broker, amqps:// for TLS; of a cluster all nodes, by comma (secret; or AMQP_URL_FILE)"),
     both("RUST_LOG", "info", "what is logged: error, warn, info, debug, trace, or per target"),
     both("WARREN_LOG_FORMAT", "text", "text or json"),
     both("WARREN_CONNECT_TIMEOUT", "10s", "how long to try to reach the broker at the start; later it is tried for ever"),
@@ -219,7 +219,9 @@ impl Read<'_> {
     fn settings(&mut self) -> Option<Settings> {
         // All are read before the first `?`, so that every mistake is seen.
         let amqp_url = self.get("AMQP_URL", |v| match v {
-            v if v.starts_with("amqp://") || v.starts_with("amqps://") => Ok(Secret::new(v)),
+            v if v.split(',').map(str::trim).all(|v| v.starts_with("amqp://") || v.starts_with("amqps://")) => {
+                Ok(Secret::new(v))
+            }
             _ => Err("is not a URL of the form amqp://user:password@host:port/vhost".into()),
         });
         let rust_log = self.get("RUST_LOG", |v| Ok(v.to_owned()));

@@ -1,10 +1,12 @@
 //! A pool of workers behaves as one: balanced, failed over, handed over, and in order all the while.
 use anyhow::{Context, ensure};
 use rustix::process::Signal;
+use serde_json::json;
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use warren_tests::process::expect_exit;
 use warren_tests::trace::{self, Call};
-use warren_tests::{Fleet, Lab, Trace, quantile, until};
+use warren_tests::{Answers, Fleet, Lab, Proxy, Trace, event, quantile, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -192,5 +194,61 @@ async fn ten_rolling_restarts_under_load_leave_no_partition_unserved_for_long() 
     );
     ensure!(trace.verdict().repeats == 0, "nobody was killed: {:?}", trace.verdict());
     ensure!(gaps.len() > 100 && quantile(&gaps, 0.99) <= 1_000.0, "{:?}", &gaps[gaps.len().saturating_sub(20)..]);
+    fleet.stop(&lab).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_that_the_broker_has_forgotten_is_replaced() -> anyhow::Result<()> {
+    // As rabbitmq-server 17317: the queue has messages and an active consumer, and delivers nothing on its connection.
+    let mut lab = lab("fleet-silent", "1").await?;
+    let way = Proxy::before(&lab.url()).await?;
+    lab.set("WARREN_PREFETCH", "10");
+    let through = way.url.clone();
+    let mut fleet = Fleet::default();
+    way.answers(Answers::Undelivered);
+    fleet.start_with(&lab, &[("AMQP_URL", &through)])?;
+    until("it takes events", PATIENCE, || fleet.workers["w0"].log().contains("owns 1 partitions")).await?;
+    let all = warren_tests::events(100, 10);
+    let ids = lab.send(&all).await?;
+    ensure!(lab.inbox() == 0, "its deliveries were to be swallowed");
+    way.answers(Answers::Pass);
+    let began = Instant::now();
+    lab.settled(100, Duration::from_secs(60)).await?;
+    println!("served again after {:.1?}", began.elapsed());
+    let log = fleet.workers["w0"].log();
+    ensure!(log.contains("the broker delivers none to its first consumer"), "{log}");
+    kept(&lab, &ids).await?;
+    fleet.stop(&lab).await
+}
+
+#[tokio::test]
+async fn another_number_of_partitions_is_refused_and_status_says_what_needs_a_person() -> anyhow::Result<()> {
+    let lab = lab("fleet-status", "3").await?;
+    let status = lab.run(&["status"]).await?;
+    let (table, _) = expect_exit(&status, 1)?;
+    ensure!(table.contains("needs a person: no consumer: warren.fleet-status.normal.p00"), "{table}");
+    let mut fleet = Fleet::default();
+    fleet.start(&lab)?;
+    lab.balanced(1, PATIENCE).await?;
+    let mut stranger =
+        lab.worker_with(&[("WARREN_PARTITIONS", "4"), ("WARREN_ROUTES", "routes: [{on: 'order.#', log: {}}]")])?;
+    let status = stranger.wait(PATIENCE).await?;
+    ensure!(
+        status.code() == Some(64) && stranger.log().contains("WARREN_PARTITIONS=3, this one 4"),
+        "{status}\n{}",
+        stranger.log()
+    );
+    let (table, _) = expect_exit(&lab.run(&["status"]).await?, 0)?;
+    println!("{table}");
+    ensure!(table.contains("w0") && table.contains("normal (weight 1)"), "{table}");
+    // What nobody takes is dead-lettered, and that needs somebody.
+    lab.send(&[event("odd", "unheard.of", "k", json!({}))]).await.expect_err("nobody subscribes to it");
+    let exchange = "warren.fleet-status";
+    let (_connection, channel) = lab.channel().await?;
+    let properties = lapin::BasicProperties::default().with_message_id("odd".into()).with_type("unheard.of".into());
+    channel.basic_publish(exchange.into(), "unheard.of".into(), Default::default(), b"{}", properties).await?;
+    lab.dead_letters(1, PATIENCE).await?;
+    let (table, _) = expect_exit(&lab.run(&["status"]).await?, 1)?;
+    ensure!(table.contains("1 dead letters: see 'warren-worker dead list'"), "{table}");
     fleet.stop(&lab).await
 }

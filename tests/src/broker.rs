@@ -3,14 +3,17 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// A broker and its management interface.
 #[derive(Debug)]
 pub struct Rabbit {
     /// `amqp://guest:guest@127.0.0.1:port`, without a vhost.
     pub amqp: String,
-    /// `http://127.0.0.1:port`.
-    pub management: String,
+    /// `http://127.0.0.1:port`; of a cluster each node's.
+    pub management: Vec<String>,
+    /// The other nodes of a cluster, as `amqp`.
+    pub others: Vec<String>,
     /// The directory of a private node.
     dir: Option<PathBuf>,
 }
@@ -58,7 +61,8 @@ impl Rabbit {
             script(&arguments)
         };
         with("start")?;
-        Ok(Self { amqp: without_vhost(&with("url")?), management: with("url --management")?, dir: None })
+        let management = vec![with("url --management")?];
+        Ok(Self { amqp: without_vhost(&with("url")?), management, others: Vec::new(), dir: None })
     }
 
     /// A node of its own, which the test may kill.
@@ -67,11 +71,11 @@ impl Rabbit {
     /// It cannot be started.
     pub fn private(name: &str) -> anyhow::Result<Self> {
         let dir = scratch().join(format!("broker-{name}"));
-        let mut rabbit = Self { amqp: String::new(), management: String::new(), dir: Some(dir) };
+        let mut rabbit = Self::at(dir);
         rabbit.script("stop --wipe").ok();
         rabbit.start()?;
         rabbit.amqp = without_vhost(&rabbit.script("url")?);
-        rabbit.management = rabbit.script("url --management")?;
+        rabbit.management = vec![rabbit.script("url --management")?];
         Ok(rabbit)
     }
 
@@ -81,14 +85,57 @@ impl Rabbit {
     /// It cannot be started.
     pub fn private_with(name: &str, conf: &str) -> anyhow::Result<Self> {
         let dir = scratch().join(format!("broker-{name}"));
-        let mut rabbit = Self { amqp: String::new(), management: String::new(), dir: Some(dir.clone()) };
+        let mut rabbit = Self::at(dir.clone());
         rabbit.script("stop --wipe").ok();
         std::fs::create_dir_all(dir.join("conf.d"))?;
         std::fs::write(dir.join("conf.d/test.conf"), conf)?;
         rabbit.start()?;
         rabbit.amqp = without_vhost(&rabbit.script("url")?);
-        rabbit.management = rabbit.script("url --management")?;
+        rabbit.management = vec![rabbit.script("url --management")?];
         Ok(rabbit)
+    }
+
+    /// A cluster of three nodes of its own.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn cluster(name: &str) -> anyhow::Result<Self> {
+        let mut rabbit = Self::at(scratch().join(format!("cluster-{name}")));
+        rabbit.script("cluster stop --wipe").ok();
+        rabbit.script("cluster start")?;
+        let urls = rabbit.script("cluster url")?;
+        let mut urls = urls.split(',').map(|url| without_vhost(url.trim()));
+        rabbit.amqp = urls.next().unwrap_or_default();
+        rabbit.others = urls.collect();
+        let management = rabbit.script("cluster url --management")?;
+        rabbit.management = management.split(',').map(|url| url.trim().to_owned()).collect();
+        Ok(rabbit)
+    }
+
+    fn at(dir: PathBuf) -> Self {
+        Self { amqp: String::new(), management: Vec::new(), others: Vec::new(), dir: Some(dir) }
+    }
+
+    /// Runs `scripts/rabbitmq cluster …` on a cluster of its own.
+    ///
+    /// # Errors
+    /// What it printed.
+    pub fn cluster_do(&self, command: &str) -> anyhow::Result<String> {
+        self.script(&format!("cluster {command}"))
+    }
+
+    /// Waits until every node runs and any one of them could be missed.
+    ///
+    /// # Errors
+    /// That does not come to be in time.
+    pub async fn whole(&self, patience: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let safe = |node: &String| Self::api_of(node, "GET", "health/checks/node-is-quorum-critical", None).is_ok();
+        while !self.management.iter().all(safe) {
+            ensure!(started.elapsed() < patience, "the cluster is not whole within {patience:?}");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        Ok(())
     }
 
     fn script(&self, command: &str) -> anyhow::Result<String> {
@@ -159,7 +206,19 @@ impl Rabbit {
     /// # Errors
     /// The broker answers with an error, or not at all.
     pub fn api(&self, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
-        let url = format!("{}/api/{path}", self.management);
+        let mut answer = Err(anyhow::anyhow!("no broker runs"));
+        // Of a cluster the first node that answers.
+        for management in &self.management {
+            answer = Self::api_of(management, method, path, body.clone());
+            if answer.is_ok() {
+                break;
+            }
+        }
+        answer
+    }
+
+    fn api_of(management: &str, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let url = format!("{management}/api/{path}");
         let auth = "Basic Z3Vlc3Q6Z3Vlc3Q=";
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
@@ -186,9 +245,16 @@ impl Rabbit {
 impl Drop for Rabbit {
     fn drop(&mut self) {
         // A shared node goes on; a private one ends with the test, and its data with it.
-        if self.dir.is_some() {
-            self.script("kill").ok();
-            self.script("stop --wipe").ok();
+        match (&self.dir, self.others.is_empty()) {
+            (None, _) => {}
+            (Some(_), true) => {
+                self.script("kill").ok();
+                self.script("stop --wipe").ok();
+            }
+            (Some(_), false) => {
+                (1..=3).for_each(|node| drop(self.cluster_do(&format!("kill {node}"))));
+                self.cluster_do("stop --wipe").ok();
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::Output;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use warren_shared::Message;
 use warren_shared::topology::{BUS, Topology};
@@ -24,6 +24,10 @@ pub struct Lab {
     pub environment: Vec<(String, String)>,
     workers: AtomicU32,
     pub(crate) loads: AtomicU32,
+    /// What `send` read and the broker confirmed, and whether a whole ledger was printed.
+    read: AtomicU64,
+    confirmed: AtomicU64,
+    pub(crate) told: AtomicBool,
 }
 
 impl Lab {
@@ -51,6 +55,18 @@ impl Lab {
         Self::on(Rabbit::private_with(name, conf)?, name)
     }
 
+    /// A vhost on a cluster of three nodes of its own, which the test may break. Processes know all of its nodes.
+    ///
+    /// # Errors
+    /// The cluster cannot be had.
+    pub fn with_own_cluster(name: &str) -> anyhow::Result<Self> {
+        let mut lab = Self::on(Rabbit::cluster(name)?, name)?;
+        let urls: Vec<String> =
+            [&lab.rabbit.amqp].into_iter().chain(&lab.rabbit.others).map(|url| format!("{url}/{name}")).collect();
+        lab.set("AMQP_URL", &urls.join(","));
+        Ok(lab)
+    }
+
     fn on(rabbit: Rabbit, name: &str) -> anyhow::Result<Self> {
         rabbit.api("DELETE", &format!("vhosts/{name}"), None).ok();
         rabbit.api("PUT", &format!("vhosts/{name}"), None)?;
@@ -67,6 +83,9 @@ impl Lab {
             environment: Vec::new(),
             workers: AtomicU32::new(0),
             loads: AtomicU32::new(0),
+            read: AtomicU64::new(0),
+            confirmed: AtomicU64::new(0),
+            told: AtomicBool::new(false),
         };
         let store = format!("sqlite://{}", lab.path("warren.db").display());
         for (variable, value) in [
@@ -174,7 +193,10 @@ impl Lab {
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let line = stdout.lines().last().with_context(|| format!("no account; stderr: {stderr}"))?;
-        Ok((serde_json::from_str(line)?, stderr))
+        let account: Value = serde_json::from_str(line)?;
+        self.read.fetch_add(account["read"].as_u64().unwrap_or(0), Ordering::Relaxed);
+        self.confirmed.fetch_add(account["confirmed"].as_u64().unwrap_or(0), Ordering::Relaxed);
+        Ok((account, stderr))
     }
 
     /// Sends events and expects all of them to be confirmed; returns their ids.
@@ -350,6 +372,7 @@ impl Lab {
         let died = dead.iter().map(|(id, _)| id).collect::<std::collections::HashSet<_>>().len();
         let heard = || recorded.distinct().len() + died >= distinct;
         until_or(patience, heard, || format!("{} heard of {distinct}, {died} dead", recorded.distinct().len())).await?;
+        self.told.store(true, Ordering::Relaxed);
         Ledger::of(ids, recorded, &dead)
     }
 
@@ -413,9 +436,19 @@ impl Lab {
     /// # Errors
     /// The broker cannot be reached.
     pub async fn channel(&self) -> anyhow::Result<(lapin::Connection, lapin::Channel)> {
-        let connection = lapin::Connection::connect(&self.url(), lapin::ConnectionProperties::default()).await?;
-        let channel = connection.create_channel().await?;
-        Ok((connection, channel))
+        let mut why = None;
+        // Of a cluster the first node that answers.
+        for node in [&self.rabbit.amqp].into_iter().chain(&self.rabbit.others) {
+            let url = format!("{node}/{}", self.name);
+            match lapin::Connection::connect(&url, lapin::ConnectionProperties::default()).await {
+                Ok(connection) => {
+                    let channel = connection.create_channel().await?;
+                    return Ok((connection, channel));
+                }
+                Err(error) => why = Some(error),
+            }
+        }
+        Err(why.map_or_else(|| anyhow::anyhow!("no broker"), Into::into))
     }
 
     /// Closes connections from the broker's side, as an operator or a proxy does; returns how many were there.
@@ -448,6 +481,18 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        // Where a test drew up no ledger of its own, what the store and the broker tell.
+        if !self.told.load(Ordering::Relaxed) {
+            let dead = self.rabbit.api("GET", &format!("queues/{0}/warren.{0}.dead", self.name), None);
+            let dead = dead.ok().and_then(|queue| queue["messages"].as_u64()).unwrap_or(0);
+            let inversions = usize::from(self.calls_in_order().is_err());
+            println!(
+                "ledger: published {}, confirmed {}, recorded {}, dead letters at the end {dead}, inversions {inversions}",
+                self.read.load(Ordering::Relaxed),
+                self.confirmed.load(Ordering::Relaxed),
+                if self.path("warren.db").exists() { self.inbox() } else { 0 },
+            );
+        }
         self.rabbit.api("DELETE", &format!("vhosts/{}", self.name), None).ok();
     }
 }

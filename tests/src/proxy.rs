@@ -1,6 +1,7 @@
 //! A proxy in front of the broker that reads AMQP frames: it counts what is unconfirmed, and may keep the broker's
 //! answers back.
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -20,6 +21,8 @@ pub enum Answers {
     Lost,
     /// They pass, but no channel is ever opened: that answer got stuck.
     Unopened,
+    /// They pass, but connections that begin now never get a delivery: the broker has forgotten their consumers.
+    Undelivered,
 }
 
 /// What went through, over all connections.
@@ -41,10 +44,12 @@ pub struct Proxy {
     seen: Arc<Mutex<Seen>>,
     answers: watch::Sender<Answers>,
     cuts: watch::Sender<u64>,
+    shut: Arc<AtomicBool>,
 }
 
 const PUBLISH: [u16; 2] = [60, 40];
 const OPENED: [u16; 2] = [20, 11];
+const DELIVER: [u16; 2] = [60, 60];
 const ACK: [u16; 2] = [60, 80];
 const NACK: [u16; 2] = [60, 120];
 const CONFIRM_SELECT: [u16; 2] = [85, 10];
@@ -64,9 +69,13 @@ impl Proxy {
         let (answers, gate) = watch::channel(Answers::Pass);
         let seen = Arc::new(Mutex::new(Seen::default()));
         let (cuts, cut) = watch::channel(0);
-        let proxy = Self { url, seen: seen.clone(), answers, cuts };
+        let shut = Arc::new(AtomicBool::new(false));
+        let proxy = Self { url, seen: seen.clone(), answers, cuts, shut: shut.clone() };
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                if shut.load(Ordering::Relaxed) {
+                    continue;
+                }
                 let Ok(server) = TcpStream::connect(&broker).await else { continue };
                 // As a direct connection would be: no frame waits for the next one.
                 let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -100,6 +109,12 @@ impl Proxy {
     /// Cuts all connections, wherever in a frame they are.
     pub fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Cuts all connections, and lets none through any more.
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::Relaxed);
+        self.cut();
     }
 
     /// From now on the confirms go this way.
@@ -174,8 +189,11 @@ async fn back(
             }
         }
     };
+    let forgotten = *gate.borrow() == Answers::Undelivered;
     let writing = async move {
         let mut merged = Merged::default();
+        // The channels whose content belongs to a delivery.
+        let mut delivering = BTreeSet::new();
         loop {
             let next = tokio::select! {
                 biased;
@@ -186,6 +204,16 @@ async fn back(
                 }
             };
             let Some((bytes, method)) = next else { return Ok(()) };
+            let channel = [bytes[1], bytes[2]];
+            match method {
+                Some(DELIVER) => drop(delivering.insert(channel)),
+                Some(_) => drop(delivering.remove(&channel)),
+                None => {}
+            }
+            // Heartbeats are of channel 0.
+            if forgotten && delivering.contains(&channel) {
+                continue;
+            }
             if method == Some(OPENED) && *gate.borrow() == Answers::Unopened {
                 continue;
             }

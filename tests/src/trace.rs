@@ -109,6 +109,22 @@ impl Trace {
         verdict
     }
 
+    /// The longest time, in milliseconds, in which each group of keys was not served after a moment; its last call before it
+    /// counts as at that moment.
+    #[must_use]
+    pub fn stills(&self, group: impl Fn(&str) -> Option<String>, since: u64) -> BTreeMap<String, f64> {
+        let mut last: BTreeMap<String, u64> = BTreeMap::new();
+        let mut stills: BTreeMap<String, f64> = BTreeMap::new();
+        for call in &self.calls {
+            let Some(group) = group(&call.key) else { continue };
+            let before = last.insert(group.clone(), call.begin).unwrap_or(since).max(since);
+            let still = call.begin.saturating_sub(before) as f64 / 1e6;
+            let longest = stills.entry(group).or_default();
+            *longest = longest.max(still);
+        }
+        stills
+    }
+
     /// How long each group of keys was not served when it went from one worker to another, in milliseconds, sorted.
     #[must_use]
     pub fn gaps(&self, group: impl Fn(&str) -> Option<String>) -> Vec<f64> {

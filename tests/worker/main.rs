@@ -6,6 +6,8 @@
 //! it begins, `e <ns> <id>` when it ends (the clock is the machine's). Every call emits one event under an id of its own:
 //! an effect that is recorded twice shows as two.
 //!
+//! With TEST_ORDER=strict a key waits while its event fails, a second at most between two of a thousand attempts.
+//!
 //! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
 use std::io::Write;
 use std::process::ExitCode;
@@ -13,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use warren_publisher::process::{self, Spare};
 use warren_shared::env::Reader;
+use warren_shared::retry::Policy;
 use warren_shared::{Event, Limits, Value};
 use warren_tests::trace::now;
 use warren_worker::{Failure, Reply, Worker, shutdown};
@@ -57,8 +60,12 @@ fn main() -> ExitCode {
         }
     };
     let ran = process::run(Spare::One, async move {
-        let built = Worker::builder(settings).handle("order.#", handle).build();
-        let worker = built.map_err(|mistakes| anyhow::anyhow!("{mistakes:?}"))?;
+        let mut builder = Worker::builder(settings).handle("order.#", handle);
+        if std::env::var("TEST_ORDER").is_ok_and(|order| order == "strict") {
+            let (backoff, max) = (Duration::from_millis(500), Duration::from_secs(1));
+            builder = builder.strict().retry(Policy { attempts: 1000, backoff, max }).timeout(Duration::from_secs(1));
+        }
+        let worker = builder.build().map_err(|mistakes| anyhow::anyhow!("{mistakes:?}"))?;
         worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
     });
     ran.unwrap_or_else(|error| process::fail(&error))

@@ -53,6 +53,11 @@ impl Routes {
         self.0.push(route);
     }
 
+    /// The route that was added last.
+    pub fn last_mut(&mut self) -> Option<&mut Route> {
+        self.0.last_mut()
+    }
+
     /// The routes.
     pub fn iter(&self) -> impl Iterator<Item = &Route> {
         self.0.iter()
@@ -79,6 +84,20 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 #[must_use]
 pub fn law(settings: &Settings) -> Law {
     Law { retry: Policy::default(), wait: Wait::InLadder, crash_limit: settings.crash_limit }
+}
+
+/// The mistake of a route that could hold a delivery longer than the broker lets it.
+#[must_use]
+pub fn too_long(law: &Law, timeout: Duration, settings: &Settings) -> Option<String> {
+    let longest = if law.wait == Wait::InPlace { law.retry.longest(timeout) } else { timeout };
+    (longest >= settings.consumer_timeout).then(|| {
+        format!(
+            "all attempts and waits in place can take {longest:?}, but the broker takes a delivery back after {:?} \
+             (WARREN_CONSUMER_TIMEOUT): lower attempts, max or timeout, use order: relaxed, or raise it on the \
+             broker and here",
+            settings.consumer_timeout
+        )
+    })
 }
 
 /// The pool's topology: what the variables say, and bindings for what the routes want.
@@ -199,19 +218,11 @@ impl Read {
             let what = if later { "is not supported by this version" } else { "is unknown" };
             self.mistakes.push(format!("'{name}' {what}; known are: on, exec, processes, log, timeout, retry, order"));
         }
-        let longest = if wait == Wait::InPlace { policy.longest(timeout) } else { timeout };
-        if longest >= settings.consumer_timeout {
-            self.mistakes.push(format!(
-                "all attempts and waits in place can take {longest:?}, but the broker takes a delivery back after {:?} \
-                 (WARREN_CONSUMER_TIMEOUT): lower attempts, max or timeout, use order: relaxed, or raise it on the \
-                 broker and here",
-                settings.consumer_timeout
-            ));
-        }
+        let law = Law { retry: policy, wait, crash_limit: settings.crash_limit };
+        self.mistakes.extend(too_long(&law, timeout, settings));
         if kinds.len() != 1 {
             self.mistakes.push("a route has exactly one of: exec, log".into());
         }
-        let law = Law { retry: policy, wait, crash_limit: settings.crash_limit };
         Some(Route { on: on?, kind: kinds.pop()?, timeout, law })
     }
 

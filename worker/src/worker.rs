@@ -20,9 +20,11 @@ use warren_publisher::declare::{self};
 use warren_publisher::publish::Options;
 use warren_publisher::{Broker, Publisher};
 use warren_shared::Event;
+use warren_shared::delivery::Wait;
 use warren_shared::env::{Database, Declare, Settings};
 use warren_shared::fleet::{Kind as Why, Word};
 use warren_shared::pattern::Pattern;
+use warren_shared::retry::Policy;
 use warren_shared::topology::{Order, Topology};
 
 /// Puts a worker together.
@@ -88,11 +90,42 @@ impl Builder {
         })
     }
 
+    /// Lets a key wait while its event fails, as `order: strict` does in a file. For the handler that was added last.
+    #[must_use]
+    pub fn strict(mut self) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.law.wait = Wait::InPlace;
+        }
+        self
+    }
+
+    /// How failures are repeated. For the handler that was added last.
+    #[must_use]
+    pub fn retry(mut self, policy: Policy) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.law.retry = policy;
+        }
+        self
+    }
+
+    /// How long a call may take; 30 s where nothing is said. For the handler that was added last.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.timeout = timeout;
+        }
+        self
+    }
+
     /// The worker, if nothing is wrong with it.
     ///
     /// # Errors
     /// Every mistake in the routes.
-    pub fn build(self) -> Result<Worker, Vec<String>> {
+    pub fn build(mut self) -> Result<Worker, Vec<String>> {
+        for Route { on, law, timeout, .. } in self.routes.iter().filter(|route| matches!(route.kind, Kind::Rust(_))) {
+            let problem = config::too_long(law, *timeout, &self.settings);
+            self.mistakes.extend(problem.map(|problem| format!("the handler of '{on}': {problem}")));
+        }
         if self.mistakes.is_empty() {
             Ok(Worker { settings: self.settings, routes: self.routes })
         } else {

@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use warren_shared::Message;
 use wire::{Ready, Wire};
 
@@ -90,6 +91,11 @@ const CHUNK: usize = 256;
 /// Bytes of bodies in hand after which no more are taken: a window of large events must not fill the memory.
 const BYTES: usize = 64 << 20;
 
+/// How long a channel is used on that the broker refuses messages of, before another is tried: at first, doubling up to
+/// the last. A channel can hold on to a queue's former leader (seen on 3.10, after two nodes of three had died in turn) and
+/// refuse for ever what a new one takes.
+const RENEWALS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+
 /// How long a channel may take to open.
 const OPENING: Duration = Duration::from_secs(10);
 
@@ -112,7 +118,8 @@ impl Publisher {
         let (batches, inbox) = mpsc::channel(4);
         let (tell, health) = watch::channel(Health::Open);
         let (sheets, queue) = (BTreeMap::new(), VecDeque::new());
-        let desk = Desk { broker, options, tell, inbox, closed: false, sheets, next_sheet: 0, queue, bytes: 0 };
+        let (closed, next_sheet, bytes, renewal) = (false, 0, 0, RENEWALS[0]);
+        let desk = Desk { broker, options, tell, inbox, closed, sheets, next_sheet, queue, bytes, renewal };
         tokio::spawn(desk.run(link));
         Self { batches, health }
     }
@@ -174,6 +181,8 @@ struct Desk {
     queue: VecDeque<Entry>,
     /// Bytes of all bodies without an outcome.
     bytes: usize,
+    /// How old a channel must be to be replaced over a refusal.
+    renewal: Duration,
 }
 
 /// How a channel ended.
@@ -187,6 +196,8 @@ enum End {
         /// Messages in flight.
         of: usize,
     },
+    /// The broker stored none of some messages: another channel may have more luck with the next.
+    Refusing,
     /// The connection is gone, or silent beyond the deadline.
     Lost(String),
 }
@@ -252,6 +263,10 @@ impl Desk {
                     search = Search::among(of);
                     link = Some(current);
                 }
+                End::Refusing => {
+                    tracing::info!("the broker refuses messages (basic.nack): going on with a new channel");
+                    link = Some(current);
+                }
                 End::Lost(why) => {
                     tracing::warn!(why, repeated = self.queue.len(), "publishing connection lost, connecting again");
                     search.narrow();
@@ -268,6 +283,7 @@ impl Desk {
             Ok(Err(error)) => return End::Lost(describe(&error)),
             Err(_) => return End::Lost(format!("no channel was opened within {OPENING:?}")),
         };
+        let opened = Instant::now();
         let end = 'channel: loop {
             while let room = search
                 .window()
@@ -302,9 +318,14 @@ impl Desk {
                     if let Some(confirm) = confirm {
                         wire.note(confirm);
                     }
+                    let mut refused = false;
                     for (entry, outcome) in wire.barrier() {
                         search.cleared();
+                        refused |= matches!(outcome, Err(Refused::Rejected));
                         self.settle(&entry, outcome);
+                    }
+                    if refused && self.renews(opened.elapsed()) {
+                        break End::Refusing;
                     }
                 }
                 changed = wire.blocked.changed() => {
@@ -331,6 +352,19 @@ impl Desk {
             self.queue.push_front(flight.entry);
         }
         end
+    }
+
+    /// Whether a channel of this age is replaced over a refusal.
+    fn renews(&mut self, age: Duration) -> bool {
+        let [first, last] = RENEWALS;
+        if age > last {
+            self.renewal = first;
+        }
+        let renews = age >= self.renewal;
+        if renews {
+            self.renewal = (self.renewal * 2).min(last);
+        }
+        renews
     }
 
     /// Writes a chunk; tells if the broker blocks meanwhile, as the rest of the chunk then waits until it clears.
