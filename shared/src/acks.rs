@@ -172,6 +172,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_that_is_not_settled_is_the_oldest_one_out() {
+        let mut ledger = opened(4..=7);
+        assert_eq!(ledger.first_unsettled(), Some(4));
+        ledger.settle(5);
+        ledger.settle(4);
+        assert_eq!(ledger.first_unsettled(), Some(6));
+        ledger.flush();
+        assert_eq!(ledger.first_unsettled(), Some(6));
+        (6..=7).for_each(|tag| ledger.settle(tag));
+        assert_eq!(ledger.first_unsettled(), None);
+    }
+
+    #[test]
     fn a_stuck_delivery_gives_back_the_window_once_most_of_it_waits_behind() {
         let mut ledger = opened(1..=200);
         (2..=151).for_each(|tag| ledger.settle(tag));

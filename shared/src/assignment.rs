@@ -201,7 +201,6 @@ mod tests {
                 sum += moved(&pair[0], &pair[1]);
                 must += ideal(&pair[0], &pair[1], &all);
             }
-            println!("1 -> 3 -> 8 -> 2: {sum} moved, {must} had to ({:.2})", sum as f64 / must as f64);
             assert!(sum * 10 <= must * 12, "{sum} moved, {must} had to");
         }
     }

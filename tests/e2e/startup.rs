@@ -332,3 +332,21 @@ async fn eight_workers_that_start_at_once_make_store_and_topology_together() -> 
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn of_several_nodes_the_first_that_answers_is_taken() -> anyhow::Result<()> {
+    let mut lab = Lab::new("startup-nodes")?;
+    let nobody = format!("amqp://guest:guest@127.0.0.1:{}/startup-nodes", free_port()?);
+    let all = format!("{nobody},{},{nobody}", lab.url());
+    lab.set("AMQP_URL", &all);
+    lab.declare().await?;
+    let mut worker = lab.worker()?;
+    // Each begins at a node chosen by chance.
+    for n in 0..4 {
+        lab.send(&[event(&format!("e{n}"), "order.placed", "k", json!({}))]).await?;
+    }
+    lab.settled(4, PATIENCE).await?;
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    lab.set("AMQP_URL", &format!("{},http://elsewhere", lab.url()));
+    holds(&said(&lab, &["check"], 64).await?, &["AMQP_URL: is not a URL of the form"])
+}

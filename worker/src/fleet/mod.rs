@@ -29,6 +29,8 @@ const RESTLESS: Duration = Duration::from_secs(4);
 const BREATH: Duration = Duration::from_millis(20);
 /// An owner that has not subscribed after so long may not be able to.
 const OVERDUE: Duration = Duration::from_secs(5);
+/// What is over sooner is no trouble for a person: every hand-over leaves a worker short of a subscription for a moment.
+const PASSING: Duration = Duration::from_secs(10);
 /// Beats in which an owner says that it stands before us, while the broker serves us.
 const SURE: u32 = 3;
 
@@ -127,25 +129,21 @@ pub struct Supervisor {
     conflict: oneshot::Receiver<Conflict>,
 }
 
-/// How many partitions a worker is to take, and to stand by for.
-#[derive(Debug, Default)]
-pub struct Seats {
-    owned: AtomicUsize,
-    wanted: AtomicUsize,
-    assigned: AtomicUsize,
+/// How many subscriptions a worker should have.
+#[derive(Debug)]
+pub struct Seats(AtomicUsize);
+
+impl Default for Seats {
+    fn default() -> Self {
+        Self(AtomicUsize::new(usize::MAX))
+    }
 }
 
 impl Seats {
-    /// Partitions that it owns.
-    #[must_use]
-    pub fn owned(&self) -> usize {
-        self.owned.load(Ordering::Relaxed)
-    }
-
-    /// Subscriptions that it should have; none before the first assignment.
+    /// Partitions that it owns or stands by for; none before the first assignment.
     #[must_use]
     pub fn wanted(&self) -> Option<usize> {
-        (self.assigned.load(Ordering::Relaxed) > 0).then(|| self.wanted.load(Ordering::Relaxed))
+        Some(self.0.load(Ordering::Relaxed)).filter(|wanted| *wanted != usize::MAX)
     }
 }
 
@@ -173,6 +171,7 @@ impl Supervisor {
             posts,
             vitals,
             strangers: BTreeMap::new(),
+            ill: None,
             refuse: Some(refuse),
             echoed: false,
             turns: 0,
@@ -257,6 +256,8 @@ struct Task {
     vitals: Vitals,
     /// Those who take events and cannot share the pool with us: why, and when they last spoke.
     strangers: BTreeMap<Member, (Conflict, Instant)>,
+    /// Since when something is wrong here.
+    ill: Option<Instant>,
     /// Tells the worker that it must go.
     refuse: Option<oneshot::Sender<Conflict>>,
     /// Whether a word of ours came back.
@@ -383,9 +384,7 @@ impl Task {
         }
         let count = |role| self.posts.iter().filter(|post| post.role == role).count();
         let (owned, standby) = (count(Role::Owner), count(Role::Standby));
-        self.vitals.seats.owned.store(owned, Ordering::Relaxed);
-        self.vitals.seats.wanted.store(owned + standby, Ordering::Relaxed);
-        self.vitals.seats.assigned.store(1, Ordering::Relaxed);
+        self.vitals.seats.0.store(owned + standby, Ordering::Relaxed);
         metrics::set(names::OWNED, owned);
         metrics::set(names::WORKERS, members.len());
         let told = (members.len(), owned);
@@ -494,6 +493,10 @@ impl Task {
         me.running = u32::try_from(running).unwrap_or(u32::MAX);
         me.clock = self.subscriptions.clock().now();
         me.troubles = self.vitals.reasons();
+        self.ill = if me.troubles.is_empty() { None } else { self.ill.or(Some(Instant::now())) };
+        if self.ill.is_none_or(|since| since.elapsed() < PASSING) {
+            me.troubles.clear();
+        }
         self.strangers.retain(|_, (_, at)| at.elapsed() < 5 * BEAT);
         me.troubles.extend(self.strangers.values().map(|(conflict, _)| conflict.to_string()));
         self.gossip.say(Word { kind, ..me.clone() });
