@@ -39,7 +39,7 @@ async fn one_three_eight_two_workers_share_the_partitions_and_keep_every_promise
     fleet.scale(&lab, 1).await?;
     let (mut map, _) = lab.balanced(1, PATIENCE).await?;
     // What two cores bear with everything built for debugging; TEST_RATE offers more.
-    let rate = std::env::var("TEST_RATE").ok().and_then(|rate| rate.parse().ok()).unwrap_or(1_500);
+    let rate = std::env::var("TEST_RATE").ok().and_then(|rate| rate.parse().ok()).unwrap_or(1_000);
     let load = lab.load(rate, 960)?;
     lab.progressed(3_000, PATIENCE).await?;
     let (mut moved, mut ideal) = (0, 0);
