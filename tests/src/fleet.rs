@@ -10,6 +10,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use warren_publisher::Broker;
+use warren_shared::assignment::assign;
+use warren_shared::env::Secret;
 use warren_shared::topology::BUS;
 use warren_shared::{Event, Limits};
 
@@ -245,26 +248,29 @@ impl Lab {
         serde_json::from_str(stdout.trim()).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
-    /// Who serves what.
+    /// Who serves what, as so many workers tell.
     ///
     /// # Errors
     /// The pool cannot be asked.
-    pub async fn map(&self) -> anyhow::Result<Map> {
-        let status = self.status().await?;
-        let mut map = Map { active: BTreeMap::new(), settled: true, workers: 0 };
-        map.workers = status["workers"].as_array().map_or(0, Vec::len);
-        for lane in status["lanes"].as_array().into_iter().flatten() {
-            for p in lane["partitions"].as_array().into_iter().flatten() {
-                let line: Vec<&str> = p["line"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-                let wanted: Vec<&str> = [&p["owner"], &p["standby"]].into_iter().filter_map(Value::as_str).collect();
-                map.settled &= line == wanted;
-                if let (Some(queue), Some(first)) = (p["queue"].as_str(), line.first()) {
-                    map.active.insert(queue.to_owned(), (*first).to_owned());
-                }
+    pub async fn map(&self, workers: usize) -> anyhow::Result<Map> {
+        let topology = self.topology()?;
+        let urls = self.environment.iter().find(|(name, _)| name == "AMQP_URL").map(|(_, url)| url.clone());
+        let broker = Broker::new(Secret::new(urls.context("AMQP_URL")?), "test");
+        let words = warren_worker::fleet::ask(broker, &topology, Duration::from_secs(30), workers).await?;
+        let (queues, members) = (topology.queues(), words.iter().map(|word| (word.member(), word.capacity)).collect());
+        let mut map = Map { active: BTreeMap::new(), settled: true, workers: words.len() };
+        for (queue, seat) in queues.iter().zip(assign(&queues, &members)) {
+            let places = words.iter().flat_map(|w| w.held.iter().map(move |held| (held, &w.name)));
+            let mut line: Vec<_> = places.filter(|(held, _)| held.queue == *queue).collect();
+            line.sort_by_key(|(held, _)| held.stamp);
+            let line: Vec<&String> = line.into_iter().map(|(_, name)| name).collect();
+            map.settled &=
+                line == [&seat.owner, &seat.standby].into_iter().flatten().map(|m| &m.name).collect::<Vec<_>>();
+            if let Some(first) = line.first() {
+                map.active.insert(queue.clone(), (*first).clone());
             }
         }
-        let queues = self.topology()?.queues().len();
-        map.settled &= map.active.len() == queues;
+        map.settled &= map.active.len() == queues.len();
         Ok(map)
     }
 
@@ -275,10 +281,11 @@ impl Lab {
     pub async fn balanced(&self, workers: usize, patience: Duration) -> anyhow::Result<(Map, Duration)> {
         let started = Instant::now();
         loop {
-            let map = self.map().await?;
+            let map = self.map(workers).await?;
             if map.settled && map.workers == workers && map.spread() <= 1 {
                 return Ok((map, started.elapsed()));
             }
+            tokio::time::sleep(Duration::from_millis(200)).await;
             ensure!(started.elapsed() < patience, "not balanced within {patience:?}: {map:?}{}", self.logs());
         }
     }

@@ -87,7 +87,7 @@ pub(crate) async fn report(settings: &Settings, topology: &Topology) -> anyhow::
             topology.pool
         );
     }
-    let words = fleet::ask(broker, topology, settings.connect_timeout).await?;
+    let words = fleet::ask(broker, topology, settings.connect_timeout, usize::MAX).await?;
     let now = jiff::Timestamp::now().as_millisecond();
     Ok(gather(topology, &queues.into_iter().zip(depths).collect(), words, now))
 }

@@ -255,7 +255,7 @@ impl Worker {
         tracing::info!(?timeout, "draining: taking nothing more, finishing what runs (a second signal interrupts it)");
         vitals.draining.store(true, Ordering::Relaxed);
         // Each partition goes to its next owner as soon as nothing of it runs here.
-        supervisor.leave().await;
+        let told = supervisor.leave().await;
         let soft = timeout.saturating_sub(SETTLE).max(timeout / 2);
         let (tell, drained) = oneshot::channel();
         let _ = running.orders.send(Command::Drain(tell));
@@ -274,6 +274,7 @@ impl Worker {
         flush(&outbox, SETTLE).await;
         futures_util::future::join_all(handlers.iter().map(|handler| handler.close())).await;
         keeper.abort();
+        let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
         conflict.map_or(Ok(()), |conflict| Err(conflict.into()))

@@ -136,6 +136,10 @@ impl Subscription {
     pub(super) async fn run(mut self) {
         let (mut failures, mut silences) = (0_u32, 0_u32);
         loop {
+            // The supervisor is gone: nobody would tell us to end.
+            if self.want.has_changed().is_err() {
+                return;
+            }
             let want = *self.want.borrow_and_update();
             let turn = match want {
                 Want::End => return,
@@ -148,13 +152,14 @@ impl Subscription {
                 }
             };
             let mut wanted = self.want.clone();
-            let opened = tokio::select! {
+            let link = tokio::select! {
                 biased;
                 // Neither a drain nor a change of mind waits for a broker that is away.
                 _ = wanted.wait_for(|want| want.turn() != Some(turn)) => continue,
-                opened = self.open() => opened,
+                link = self.shared.link() => link,
             };
-            match opened {
+            // This is not broken off: a consumer that nobody holds would be cancelled before its channel is closed.
+            match self.open(link).await {
                 Ok(opened) => {
                     failures = 0;
                     let link = opened.link.clone();
@@ -209,8 +214,7 @@ impl Subscription {
         }
     }
 
-    async fn open(&self) -> Result<Opened, Failed> {
-        let link = self.shared.link().await;
+    async fn open(&self, link: Arc<Link>) -> Result<Opened, Failed> {
         let opened = async {
             let channel = link.connection().create_channel().await?;
             channel.basic_qos(self.shared.prefetch, BasicQosOptions::default()).await?;

@@ -10,6 +10,7 @@ use lapin::types::{AMQPValue, FieldTable, LongString};
 use lapin::{BasicProperties, Channel, Consumer, Error, ErrorKind};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use warren_publisher::broker::describe;
 use warren_publisher::{Broker, BrokerError, Link};
 use warren_shared::Message;
@@ -29,6 +30,7 @@ pub(super) enum Tiding {
 pub(super) struct Gossip {
     pub(super) tidings: mpsc::UnboundedReceiver<Tiding>,
     say: mpsc::UnboundedSender<Word>,
+    task: JoinHandle<()>,
 }
 
 /// Older words are of no use: a worker that was frozen must not wade through them.
@@ -61,8 +63,14 @@ impl Gossip {
         let line = within(&exchange, Line::open(link, &exchange)).await?;
         let (tell, tidings) = mpsc::unbounded_channel();
         let (say, said) = mpsc::unbounded_channel();
-        tokio::spawn(Task { broker, exchange, said, tell }.run(line));
-        Ok(Self { tidings, say })
+        let task = tokio::spawn(Task { broker, exchange, said, tell }.run(line));
+        Ok(Self { tidings, say, task })
+    }
+
+    /// Ends, once everything is said; a broker that is away is not waited for.
+    pub(super) async fn close(self) {
+        drop(self.say);
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.task).await;
     }
 
     /// Says something, if the way is open.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use warren_publisher::{Broker, BrokerError, Publisher, Refused};
 use warren_shared::assignment::{Member, assign};
@@ -101,16 +102,23 @@ impl Newcomer {
     }
 }
 
-/// Asks the workers of a pool how they are, and listens as long as each takes to speak by itself.
+/// Asks the workers of a pool how they are, and listens as long as each takes to speak by itself, or until so many have.
 ///
 /// # Errors
 /// The broker cannot be had.
-pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Result<Vec<Word>, JoinError> {
+pub async fn ask(
+    broker: Broker,
+    topology: &Topology,
+    patience: Duration,
+    enough: usize,
+) -> Result<Vec<Word>, JoinError> {
     let mut gossip = Gossip::open(broker, topology.fleet(), patience).await?;
     gossip.say(Word::ask(uuid::Uuid::new_v4().simple().to_string()));
     let mut words = BTreeMap::new();
     let over = Instant::now() + BEAT * 3 / 2;
-    while let Ok(Some(tiding)) = tokio::time::timeout_at(over, gossip.tidings.recv()).await {
+    while words.len() < enough
+        && let Ok(Some(tiding)) = tokio::time::timeout_at(over, gossip.tidings.recv()).await
+    {
         if let Tiding::Word(word) = tiding {
             match word.kind {
                 Kind::Ask => {}
@@ -119,6 +127,7 @@ pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Res
             }
         }
     }
+    gossip.close().await;
     Ok(words.into_values().collect())
 }
 
@@ -127,6 +136,7 @@ pub async fn ask(broker: Broker, topology: &Topology, patience: Duration) -> Res
 pub struct Supervisor {
     leave: oneshot::Sender<oneshot::Sender<()>>,
     conflict: oneshot::Receiver<Conflict>,
+    task: JoinHandle<()>,
 }
 
 /// How many subscriptions a worker should have.
@@ -177,8 +187,8 @@ impl Supervisor {
             turns: 0,
             told: (0, 0),
         };
-        tokio::spawn(task.run(leaving));
-        Self { leave, conflict }
+        let task = tokio::spawn(task.run(leaving));
+        Self { leave, conflict, task }
     }
 
     /// Waits for ever, but for a newcomer that could not hear the others when it came (an alarm silenced all): if it must
@@ -190,11 +200,13 @@ impl Supervisor {
         }
     }
 
-    /// Tells the fleet that this worker takes nothing more, and hands all partitions over. The subscriptions' tasks end.
-    pub async fn leave(self) {
+    /// Tells the fleet that this worker takes nothing more, and hands all partitions over. The subscriptions' tasks end;
+    /// the returned one does when the fleet was told: who is only missed is waited for.
+    pub async fn leave(self) -> JoinHandle<()> {
         let (tell, told) = oneshot::channel();
         let _ = self.leave.send(tell);
         let _ = told.await;
+        self.task
     }
 }
 
@@ -281,7 +293,7 @@ impl Task {
                     self.say(Kind::Leave);
                     self.posts.iter().for_each(|post| post.slot.want(Want::End));
                     let _ = tell.map(|tell| tell.send(()));
-                    return;
+                    return self.gossip.close().await;
                 }
                 () = deal => {
                     (due, latest) = (None, None);
