@@ -93,8 +93,12 @@ impl Demo {
         let entries = Sink::listen(&self.url, &self.pool, BUS, "ledger.entry").await?;
 
         let mut workers: Vec<Process> = (1..=3).map(|n| self.worker(n)).collect::<Result<_, _>>()?;
-        let taking = |worker: &Process| worker.log().contains("takes events");
-        until("three workers are up", PATIENCE, || workers.iter().all(taking)).await?;
+        let taking = |worker: &Process| worker.log().contains("the pool has 3 workers");
+        until("three workers share the partitions", PATIENCE, || workers.iter().all(taking)).await?;
+        // Before anything is killed: what is no event has no identity, and a death before its ack buries it again.
+        self.malform().await?;
+        self.settle(MALFORMED).await?;
+        self.say(&format!("{MALFORMED} malformed messages, published as an upstream system would, are dead letters"));
         self.say("three workers are up: one active consumer a partition, the others stand by");
 
         let events = events();
@@ -106,8 +110,6 @@ impl Demo {
         send.arg("send").arg(&file);
         let (account, _) = process::expect_exit(&process::output(send, Vec::new()).await?, 0)?;
         self.say(&format!("sent: {}", account.trim()));
-        self.malform().await?;
-        self.say(&format!("{MALFORMED} malformed messages published as an upstream system would"));
 
         let heard = || entries.distinct().len();
         until("a third is handled", PATIENCE, || heard() > ORDERS / 3).await?;
