@@ -72,7 +72,8 @@ const HEARTBEAT: u16 = 10;
 /// Who sets a heartbeat of N seconds expects a silent peer to be given up after 2 N. RabbitMQ looks once an interval and
 /// does so after two to three of them: it is asked for two thirds.
 fn interval(heartbeat: u16) -> u16 {
-    if heartbeat == 0 { 0 } else { (heartbeat * 2 / 3).max(1) }
+    // Dividing first, as the product may be too large.
+    if heartbeat == 0 { 0 } else { (heartbeat / 3 * 2 + heartbeat % 3 * 2 / 3).max(1) }
 }
 
 /// How to reach the broker.
@@ -251,5 +252,15 @@ pub fn describe(error: &Error) -> String {
         ErrorKind::InvalidConnectionState(..) => "the connection is closed".into(),
         ErrorKind::ParsingError(_) => "the broker sent a frame that cannot be read".into(),
         _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_thirds_of_the_heartbeat_are_asked_for_and_none_where_none_is_wanted() {
+        assert_eq!([0, 1, 2, 3, 5, 10, 60, u16::MAX].map(interval), [0, 1, 1, 2, 3, 6, 40, 43_690]);
     }
 }
