@@ -299,6 +299,15 @@ impl Fleet {
     }
 }
 
+/// A queue's line as these workers tell it: their places there, the first one first.
+#[must_use]
+pub fn line<'a>(words: &'a [Word], queue: &str) -> Vec<(&'a Held, &'a str)> {
+    let places = words.iter().flat_map(|word| word.held.iter().map(move |held| (held, word.name.as_str())));
+    let mut line: Vec<_> = places.filter(|(held, _)| held.queue == queue).collect();
+    line.sort_by_key(|(held, _)| held.stamp);
+    line
+}
+
 /// What a worker is to a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {

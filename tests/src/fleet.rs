@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use warren_publisher::Broker;
 use warren_shared::assignment::assign;
 use warren_shared::env::Secret;
+use warren_shared::fleet::line;
 use warren_shared::topology::BUS;
 use warren_shared::{Event, Limits};
 
@@ -83,10 +84,7 @@ impl Fleet {
     pub fn start_with(&mut self, lab: &Lab, more: &[(&str, &str)]) -> anyhow::Result<String> {
         let name = format!("w{}", self.started);
         self.started += 1;
-        let mut environment = lab.environment.clone();
-        environment.push(("WARREN_WORKER_ID".into(), name.clone()));
-        environment.extend(more.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
-        let mut command = process::command("warren-test-worker", &environment);
+        let mut command = process::command("warren-test-worker", &lab.environment_of(&name, more));
         command.arg(lab.path(&format!("{name}.calls")));
         self.workers.insert(name.clone(), Process::start(command, &lab.path(&format!("{name}.log")))?);
         Ok(name)
@@ -260,14 +258,11 @@ impl Lab {
         let (queues, members) = (topology.queues(), words.iter().map(|word| (word.member(), word.capacity)).collect());
         let mut map = Map { active: BTreeMap::new(), settled: true, workers: words.len() };
         for (queue, seat) in queues.iter().zip(assign(&queues, &members)) {
-            let places = words.iter().flat_map(|w| w.held.iter().map(move |held| (held, &w.name)));
-            let mut line: Vec<_> = places.filter(|(held, _)| held.queue == *queue).collect();
-            line.sort_by_key(|(held, _)| held.stamp);
-            let line: Vec<&String> = line.into_iter().map(|(_, name)| name).collect();
-            map.settled &=
-                line == [&seat.owner, &seat.standby].into_iter().flatten().map(|m| &m.name).collect::<Vec<_>>();
+            let line: Vec<&str> = line(&words, queue).into_iter().map(|(_, name)| name).collect();
+            let wanted = [&seat.owner, &seat.standby].into_iter().flatten();
+            map.settled &= wanted.map(|member| member.name.as_str()).eq(line.iter().copied());
             if let Some(first) = line.first() {
-                map.active.insert(queue.clone(), (*first).clone());
+                map.active.insert(queue.clone(), (*first).to_owned());
             }
         }
         map.settled &= map.active.len() == queues.len();

@@ -155,13 +155,19 @@ impl Lab {
     /// # Errors
     /// It cannot be started.
     pub fn worker_with(&self, more: &[(&str, &str)]) -> anyhow::Result<Process> {
-        let number = self.workers.fetch_add(1, Ordering::Relaxed);
-        let mut environment = self.environment.clone();
-        environment.push(("WARREN_WORKER_ID".into(), format!("w{number}")));
-        environment.extend(more.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
-        let mut command = process::command("warren-worker", &environment);
+        let name = format!("w{}", self.workers.fetch_add(1, Ordering::Relaxed));
+        let mut command = process::command("warren-worker", &self.environment_of(&name, more));
         command.arg("run");
-        Process::start(command, &self.path(&format!("w{number}.log")))
+        Process::start(command, &self.path(&format!("{name}.log")))
+    }
+
+    /// The environment of a worker of this name, with more variables.
+    #[must_use]
+    pub fn environment_of(&self, name: &str, more: &[(&str, &str)]) -> Vec<(String, String)> {
+        let mut environment = self.environment.clone();
+        environment.push(("WARREN_WORKER_ID".into(), name.to_owned()));
+        environment.extend(more.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+        environment
     }
 
     /// Runs a command of the worker to its end.
@@ -318,13 +324,10 @@ impl Lab {
     /// A partition is not declared.
     pub async fn queued(&self) -> anyhow::Result<u32> {
         let (_connection, channel) = self.channel().await?;
-        let (topology, mut sum) = (self.topology()?, 0);
-        for lane in topology.lanes.iter() {
-            for partition in 0..topology.partitions {
-                let queue = topology.partition(&lane.name, partition);
-                let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
-                sum += channel.queue_declare(queue.into(), options, Default::default()).await?.message_count();
-            }
+        let mut sum = 0;
+        for queue in self.topology()?.queues() {
+            let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+            sum += channel.queue_declare(queue.into(), options, Default::default()).await?.message_count();
         }
         Ok(sum)
     }

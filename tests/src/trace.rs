@@ -1,6 +1,6 @@
 //! What the handlers of a fleet saw, from the notes of `warren-test-worker`: who ran what when.
 use anyhow::Context;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// One call of a handler.
@@ -82,11 +82,11 @@ impl Trace {
     #[must_use]
     pub fn verdict(&self) -> Verdict {
         let mut verdict = Verdict { calls: self.calls.len(), ..Verdict::default() };
-        let mut seen: HashMap<&str, ()> = HashMap::new();
+        let mut seen = HashSet::new();
         let mut last: HashMap<&str, &Call> = HashMap::new();
         let mut busy: HashMap<&str, &Call> = HashMap::new();
         for call in &self.calls {
-            if seen.insert(&call.id, ()).is_some() {
+            if !seen.insert(&call.id) {
                 verdict.repeats += 1;
             } else if let Some(before) = last.insert(&call.key, call)
                 && before.sequence > call.sequence

@@ -8,7 +8,7 @@ use warren_publisher::Broker;
 use warren_publisher::declare::{self, Depth};
 use warren_shared::assignment::assign;
 use warren_shared::env::Settings;
-use warren_shared::fleet::{Held, Word};
+use warren_shared::fleet::{Word, line};
 use warren_shared::retry::LADDER;
 use warren_shared::topology::{Order, Topology};
 
@@ -106,11 +106,7 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
         needs.push(format!("not declared: {}: run 'warren-worker topology --apply'", shorten(&missing)));
     }
     let partition = |queue: &String, seat: &warren_shared::assignment::Seat| {
-        let mut line: Vec<(&Held, &str)> = words
-            .iter()
-            .flat_map(|w| w.held.iter().filter(|h| h.queue == *queue).map(|h| (h, w.name.as_str())))
-            .collect();
-        line.sort_by_key(|(held, _)| held.stamp);
+        let line = line(&words, queue);
         let Depth { ready, consumers } = depth(queue);
         Partition {
             queue: queue.clone(),

@@ -1,5 +1,5 @@
 use super::*;
-use warren_shared::fleet::Kind;
+use warren_shared::fleet::{Held, Kind};
 use warren_shared::lane::Lanes;
 use warren_shared::topology::QueueType;
 
