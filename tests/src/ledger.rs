@@ -85,9 +85,9 @@ pub struct Ledger {
     pub handled: usize,
     /// Events whose effect was recorded under more than one id: must be 0.
     pub twice: usize,
-    /// Repeats of the same recorded event, by id: harmless, absorbed by whoever listens.
+    /// Repeats of the same recorded event or dead letter, by id, after a crash: harmless, absorbed by whoever listens.
     pub repeats: usize,
-    /// Dead letters, by reason.
+    /// Events that are dead letters, by reason.
     pub dead: BTreeMap<String, usize>,
     /// Pairs of one key that were recorded against their sequence: must be 0.
     pub inversions: usize,
@@ -137,8 +137,10 @@ impl Ledger {
                 }
             }
         }
-        let mut reasons = BTreeMap::new();
-        for (_, reason) in dead {
+        // What has no identity is a letter each time.
+        let (mut reasons, mut buried) = (BTreeMap::new(), HashSet::new());
+        let letters = dead.iter().filter(|letter| letter.0.is_empty() || buried.insert(*letter));
+        for (_, reason) in letters {
             *reasons.entry(reason.clone()).or_default() += 1;
         }
         let ends: HashSet<&str> =
@@ -149,7 +151,7 @@ impl Ledger {
             confirmed: published.len(),
             handled: by_parent.len(),
             twice: by_parent.values().filter(|n| **n > 1).count(),
-            repeats: recorded.len() - ids.len(),
+            repeats: recorded.len() - ids.len() + dead.len() - reasons.values().sum::<usize>(),
             dead: reasons,
             inversions,
             lost: distinct.iter().filter(|id| !ends.contains(**id)).count(),
