@@ -7,6 +7,7 @@ pub mod broker;
 pub mod codec;
 pub mod declare;
 pub mod lines;
+pub mod postgres;
 pub mod process;
 pub mod publish;
 pub mod send;
