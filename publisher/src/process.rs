@@ -1,7 +1,8 @@
 //! What both binaries do before and after their work: environment, log, exit code.
+use crate::postgres::Postgres;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use warren_shared::env::{LogFormat, Mistake, Reader, Settings, VARIABLES, unknown};
+use warren_shared::env::{Database, LogFormat, Mistake, Reader, Settings, VARIABLES, unknown};
 
 /// Exit codes by sysexits(3): scripts rely on them.
 pub mod exit {
@@ -51,7 +52,14 @@ fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
 pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
     let read = environment().and_then(|mut map| {
         keep_own(&mut map, reader);
-        Settings::read(&map).map(|settings| (map, settings))
+        let settings = Settings::read(&map)?;
+        match &settings.database {
+            Database::Postgres(url) => {
+                Postgres::parse(url).map_err(|problem| vec![Mistake { variable: "DATABASE_URL".into(), problem }])?
+            }
+            Database::Sqlite(_) => return Ok((map, settings)),
+        };
+        Ok((map, settings))
     });
     match read {
         Ok((map, settings)) => {

@@ -51,7 +51,8 @@ pub const VARIABLES: &[Variable] = &[
     both("WARREN_PUBLISH_TIMEOUT", "30s", "after this a publish without confirm is repeated with the same id"),
     both("WARREN_BODY_LIMIT", "16777216", "largest body in bytes; larger ones are refused or dead-lettered"),
     both("WARREN_JSON_DEPTH", "64", "deepest JSON, 1 to 120 levels"),
-    worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file (secret; or DATABASE_URL_FILE)"),
+    worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file for one machine, postgres://user:password@host/database?sslmode=… for a fleet (secret; or DATABASE_URL_FILE)"),
+    worker("WARREN_DATABASE_CONNECTIONS", "8", "connections for handlers inside the store's transaction (PostgreSQL), at most; the store itself takes up to 4 more"),
     worker("WARREN_POOL", "default", "the pool of workers; part of every queue's name"),
     worker("WARREN_CONFIG", "", "YAML file with the routes"),
     worker("WARREN_ROUTES", "", "the same YAML inline; only one of the two may be set"),
@@ -138,6 +139,8 @@ impl fmt::Debug for Secret {
 pub enum Database {
     /// A file, shared by the processes of one machine.
     Sqlite(String),
+    /// PostgreSQL, shared by a fleet.
+    Postgres(Secret),
 }
 
 /// How log lines look.
@@ -169,6 +172,7 @@ pub struct Settings {
     pub publish_timeout: Duration,
     pub limits: Limits,
     pub database: Database,
+    pub database_connections: usize,
     pub pool: String,
     pub config: Option<String>,
     pub routes: Option<String>,
@@ -232,6 +236,7 @@ impl Read<'_> {
         let body = self.get("WARREN_BODY_LIMIT", |v| number(v, 1, 512 << 20));
         let depth = self.get("WARREN_JSON_DEPTH", |v| number(v, 1, crate::json::MAX_DEPTH));
         let database = self.get("DATABASE_URL", database);
+        let database_connections = self.get("WARREN_DATABASE_CONNECTIONS", |v| number(v, 1_usize, 1000));
         let pool = self.get("WARREN_POOL", pool);
         let config = self.optional("WARREN_CONFIG");
         let routes = self.optional("WARREN_ROUTES");
@@ -266,6 +271,7 @@ impl Read<'_> {
             publish_timeout: publish_timeout?,
             limits: Limits { body: body?, depth: depth? },
             database: database?,
+            database_connections: database_connections?,
             pool: pool?,
             config,
             routes,
@@ -332,10 +338,12 @@ pub fn duration(value: &str) -> Result<Duration, String> {
 fn database(value: &str) -> Result<Database, String> {
     match value.strip_prefix("sqlite://") {
         Some(path) if !path.is_empty() => Ok(Database::Sqlite(path.into())),
-        _ if value.starts_with("postgres") => {
-            Err("names PostgreSQL, which this version does not speak yet: use sqlite:///path/to/file".into())
+        _ if value.starts_with("postgres://") || value.starts_with("postgresql://") => {
+            Ok(Database::Postgres(Secret::new(value)))
         }
-        _ => Err("is not of the form sqlite:///path/to/file".into()),
+        _ => {
+            Err("is neither of the form sqlite:///path/to/file nor postgres://user:password@host:5432/database".into())
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! One test's surroundings: a vhost, a store, a directory, and short names for what tests do.
 use crate::broker::{Rabbit, root, scratch};
 use crate::ledger::{Ledger, Sink};
+use crate::postgres::Postgres;
 use crate::process::{self, Process};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -22,6 +23,8 @@ pub struct Lab {
     pub dir: PathBuf,
     /// The environment of its processes.
     pub environment: Vec<(String, String)>,
+    /// The database, where the store is PostgreSQL.
+    pub postgres: Option<Postgres>,
     workers: AtomicU32,
     pub(crate) loads: AtomicU32,
     /// What `send` read and the broker confirmed, and whether a whole ledger was printed.
@@ -76,10 +79,14 @@ impl Lab {
         let dir = scratch().join(name);
         std::fs::remove_dir_all(&dir).ok();
         std::fs::create_dir_all(&dir)?;
+        // `make test STORE=postgres`: the same promises on the other store.
+        let on_postgres = std::env::var("WARREN_TEST_STORE").is_ok_and(|store| store == "postgres");
+        let postgres = if on_postgres { Some(Postgres::shared(name)?) } else { None };
         let mut lab = Self {
             rabbit,
             name: name.into(),
             dir,
+            postgres,
             environment: Vec::new(),
             workers: AtomicU32::new(0),
             loads: AtomicU32::new(0),
@@ -87,7 +94,8 @@ impl Lab {
             confirmed: AtomicU64::new(0),
             told: AtomicBool::new(false),
         };
-        let store = format!("sqlite://{}", lab.path("warren.db").display());
+        let file = format!("sqlite://{}", lab.path("warren.db").display());
+        let store = lab.postgres.as_ref().map_or(file, |postgres| postgres.url().to_owned());
         for (variable, value) in [
             ("AMQP_URL", lab.url().as_str()),
             ("DATABASE_URL", store.as_str()),
@@ -99,6 +107,14 @@ impl Lab {
             lab.set(variable, value);
         }
         Ok(lab)
+    }
+
+    /// The same with this database for its store.
+    #[must_use]
+    pub fn with_store(mut self, postgres: Postgres) -> Self {
+        self.set("DATABASE_URL", postgres.url());
+        self.postgres = Some(postgres);
+        self
     }
 
     /// A file of this test.
@@ -301,9 +317,22 @@ impl Lab {
     /// How many events the store knows.
     #[must_use]
     pub fn inbox(&self) -> usize {
+        if let Some(postgres) = &self.postgres {
+            // A table a period; the transition from one to the next writes to both.
+            let count = "SELECT coalesce(sum((xpath('//n/text()', query_to_xml(format(
+                'SELECT count(*) AS n FROM {s}.inbox_%s', period), false, true, '')))[1]::text::bigint), 0)::bigint
+                FROM {s}.periods";
+            return postgres.number(&self.in_schema(count)).map_or(0, |n| usize::try_from(n).unwrap_or(0));
+        }
         let sealed = self.ask("SELECT coalesce(sum(identities), 0) FROM runs");
         let recent = self.ask("SELECT coalesce(sum(length(identities)), 0) / 16 FROM inbox");
         sealed.unwrap_or(0) + recent.unwrap_or(0)
+    }
+
+    /// SQL about the pool's schema, which is written `{s}`.
+    #[must_use]
+    pub fn in_schema(&self, sql: &str) -> String {
+        sql.replace("{s}", &format!("warren_{}", self.name.replace('-', "_")))
     }
 
     /// Outbox rows that were not published yet.
@@ -343,6 +372,10 @@ impl Lab {
     }
 
     fn count(&self, table: &str) -> anyhow::Result<usize> {
+        if let Some(postgres) = &self.postgres {
+            let count = postgres.number(&self.in_schema(&format!("SELECT count(*) FROM {{s}}.{table}")))?;
+            return Ok(usize::try_from(count)?);
+        }
         self.ask(&format!("SELECT count(*) FROM {table}"))
     }
 
@@ -493,7 +526,7 @@ impl Drop for Lab {
                 "ledger: published {}, confirmed {}, recorded {}, dead letters at the end {dead}, inversions {inversions}",
                 self.read.load(Ordering::Relaxed),
                 self.confirmed.load(Ordering::Relaxed),
-                if self.path("warren.db").exists() { self.inbox() } else { 0 },
+                if self.postgres.is_some() || self.path("warren.db").exists() { self.inbox() } else { 0 },
             );
         }
         self.rabbit.api("DELETE", &format!("vhosts/{}", self.name), None).ok();

@@ -171,7 +171,7 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
     for mistake in mistakes {
         tell("routes", Err((exit::USAGE, mistake.clone())))?;
     }
-    let store = open(&settings.database, &worker_name(settings));
+    let store = open(settings, &worker_name(settings)).await;
     tell("store", store.map(|_| ()).map_err(|e| (exit::UNAVAILABLE, e.to_string())))?;
     let broker = Broker::new(settings.amqp_url.clone(), "warren-worker check");
     match broker.connect_within("check", settings.connect_timeout).await {

@@ -1,5 +1,5 @@
 //! The routes: which event goes to which handler, under which law.
-use crate::handler::Rust;
+use crate::handler::{InTx, Rust};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub enum Kind {
     Log,
     /// By a Rust function.
     Rust(Arc<Rust>),
+    /// By a Rust function inside the store's transaction.
+    InTx(Arc<InTx>),
 }
 
 /// A long-lived program.

@@ -1,7 +1,7 @@
 //! A delivery on its way through the worker: what it is, and what its outcome writes.
 use crate::consumer::{Proof, Ticket};
 use crate::handler::Reply;
-use crate::store::{Effect, Outcome, Seen};
+use crate::store::{Effect, Entry, Outcome, Recorded, Seen};
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -44,6 +44,8 @@ pub(crate) struct Job {
     pub(crate) key: Option<u64>,
     /// What the handler returned.
     pub(crate) reply: Reply,
+    /// What its handler's transaction recorded, and what the rows of that send.
+    pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
     /// Why it may be acked.
@@ -125,6 +127,7 @@ impl Job {
             known: None,
             key: None,
             reply: Reply::default(),
+            recorded: None,
             error: String::new(),
             proof: None,
             abort: None,
@@ -193,16 +196,7 @@ impl Job {
     pub(crate) fn effect(&self, house: &House, handler: impl Fn() -> String) -> Option<Effect> {
         let event = self.event()?;
         let (outcome, out) = match self.state.action() {
-            Action::CommitDone => {
-                let message = |event: &Event| {
-                    let mut message = Message::write(event, BUS);
-                    if let Some(lane) = event.lane() {
-                        message.set(LANE, lane);
-                    }
-                    message
-                };
-                (Outcome::Done, self.reply.emit.iter().map(message).collect())
-            }
+            Action::CommitDone => (Outcome::Done, self.reply.emit.iter().map(outgoing).collect()),
             Action::CommitDead(doom) => {
                 let cause = self.cause(doom, handler());
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
@@ -214,6 +208,11 @@ impl Job {
         };
         let partition = self.ticket.place().queue.clone();
         Some(Effect { seen: self.seen(), outcome, started: self.started(), partition, out })
+    }
+
+    /// What a transaction of its handler records.
+    pub(crate) fn entry(&self) -> Entry {
+        Entry { seen: self.seen(), started: self.started(), partition: self.ticket.place().queue.clone() }
     }
 
     /// Whose record of starts its outcome ends. A first delivery of a first attempt has none; a later attempt may have
@@ -274,6 +273,15 @@ impl Job {
     pub(crate) fn age(&self) -> Duration {
         self.since.elapsed()
     }
+}
+
+/// An event on its way to the bus.
+pub(crate) fn outgoing(event: &Event) -> Message {
+    let mut message = Message::write(event, BUS);
+    if let Some(lane) = event.lane() {
+        message.set(LANE, lane);
+    }
+    message
 }
 
 impl House {

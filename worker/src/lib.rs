@@ -34,4 +34,6 @@ pub mod store;
 pub mod worker;
 
 pub use handler::{Context, Failure, Reply};
+pub use store::{Tx, TxError};
+pub use tokio_postgres;
 pub use worker::Worker;

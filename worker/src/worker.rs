@@ -3,13 +3,13 @@ use crate::admin::{self, Vitals};
 use crate::config::{self, Kind, Route, Routes};
 use crate::consumer::Subscriptions;
 use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
-use crate::handler::{self, Context, Failure, Handler, Reply, Rust};
+use crate::handler::{self, Context, Failure, Handler, InTx, Reply, Rust};
 use crate::job::House;
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
 use crate::shutdown::Stop;
-use crate::store::{Left, Sqlite, Store};
+use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
 use anyhow::Context as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use warren_publisher::declare::{self};
+use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
 use warren_publisher::{Broker, Publisher};
 use warren_shared::Event;
@@ -57,15 +58,46 @@ impl Worker {
 impl Builder {
     /// Handles events of a type or pattern with a Rust function.
     #[must_use]
-    pub fn handle<F, Fut>(mut self, on: &str, function: F) -> Self
+    pub fn handle<F, Fut>(self, on: &str, function: F) -> Self
     where
         F: Fn(Event, Context) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
     {
+        self.route(on, Kind::Rust(Arc::new(Rust::new(function))))
+    }
+
+    /// Handles events inside the store's transaction (PostgreSQL): the function's SQL, the record of the event and what it
+    /// emits commit or roll back together, so that the SQL takes effect exactly once. The transaction is rolled back where the
+    /// function fails; where the database or another transaction was in the way, the function runs again, uncounted.
+    ///
+    /// ```no_run
+    /// # use warren_worker::{Failure, Reply, Worker};
+    /// # fn example(settings: warren_shared::env::Settings) {
+    /// Worker::builder(settings).handle_tx("payment.charge", |event, tx, _| async move {
+    ///     let payment: serde_json::Value = event.json()?;
+    ///     let paid = "UPDATE accounts SET balance = balance - $1 WHERE id = $2 AND balance >= $1";
+    ///     let touched = tx.execute(paid, &[&payment["amount"].as_i64(), &payment["account"].as_str()]).await?;
+    ///     if touched == 0 {
+    ///         return Err(Failure::dead("not enough money"));
+    ///     }
+    ///     Ok(Reply::done())
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn handle_tx<F, Fut>(self, on: &str, function: F) -> Self
+    where
+        F: Fn(Event, Tx, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        self.route(on, Kind::InTx(Arc::new(InTx::new(function))))
+    }
+
+    fn route(mut self, on: &str, kind: Kind) -> Self {
         match Pattern::parse(on) {
             Ok(on) => {
-                let kind = Kind::Rust(Arc::new(Rust::new(function)));
-                self.routes.push(Route { on, kind, timeout: config::TIMEOUT, law: config::law(&self.settings) });
+                let law = config::law(&self.settings);
+                self.routes.push(Route { on, kind, timeout: config::TIMEOUT, law });
             }
             Err(mistake) => self.mistakes.push(mistake),
         }
@@ -122,9 +154,14 @@ impl Builder {
     /// # Errors
     /// Every mistake in the routes.
     pub fn build(mut self) -> Result<Worker, Vec<String>> {
-        for Route { on, law, timeout, .. } in self.routes.iter().filter(|route| matches!(route.kind, Kind::Rust(_))) {
+        for Route { on, law, timeout, .. } in self.routes.iter().filter(|route| is_rust(&route.kind)) {
             let problem = config::too_long(law, *timeout, &self.settings);
             self.mistakes.extend(problem.map(|problem| format!("the handler of '{on}': {problem}")));
+        }
+        if let (Database::Sqlite(_), Some(route)) =
+            (&self.settings.database, self.routes.iter().find(|r| in_tx(&r.kind)))
+        {
+            self.mistakes.push(format!("the handler of '{}': {}", route.on, StoreError::NoTransactions));
         }
         if self.mistakes.is_empty() {
             Ok(Worker { settings: self.settings, routes: self.routes })
@@ -132,6 +169,14 @@ impl Builder {
             Err(self.mistakes)
         }
     }
+}
+
+fn in_tx(kind: &Kind) -> bool {
+    matches!(kind, Kind::InTx(_))
+}
+
+fn is_rust(kind: &Kind) -> bool {
+    matches!(kind, Kind::Rust(_)) || in_tx(kind)
 }
 
 /// Handlers that finish need this long for commit, confirm and ack.
@@ -160,7 +205,7 @@ impl Worker {
         // leaves nothing behind.
         let start = async {
             let link = broker.connect_within("publish", settings.connect_timeout).await?;
-            let store = open(&settings.database, &run)?;
+            let store = open(&settings, &run).await?;
             store.beat().await?;
             match settings.declare {
                 Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
@@ -221,7 +266,14 @@ impl Worker {
             })?,
         };
 
-        let handlers: Vec<Arc<dyn Handler>> = routes.iter().map(handler::build).collect();
+        // All of them share the connections.
+        let mut transactions = None;
+        let mut in_tx = || match &transactions {
+            Some(transactions) => Ok::<Transactions, StoreError>(Clone::clone(transactions)),
+            None => Ok(transactions.insert(store.transactions(settings.database_connections)?).clone()),
+        };
+        let handlers = routes.iter().map(|route| handler::build(route, &mut in_tx));
+        let handlers: Vec<Arc<dyn Handler>> = handlers.collect::<Result<_, _>>()?;
         let running = pipeline::start(Parts {
             routes: routes.clone(),
             handlers: handlers.clone(),
@@ -298,13 +350,18 @@ async fn flush(outbox: &Outbox, patience: Duration) {
     }
 }
 
-/// Opens the store that the settings name.
+/// Opens the store that the settings name, for a worker's run.
 ///
 /// # Errors
 /// Why it cannot be used.
-pub fn open(database: &Database, run: &str) -> Result<Arc<dyn Store>, crate::store::StoreError> {
-    match database {
-        Database::Sqlite(path) => Ok(Arc::new(Sqlite::open(Path::new(path), run)?)),
+pub async fn open(settings: &Settings, run: &str) -> Result<Arc<dyn Store>, StoreError> {
+    match &settings.database {
+        Database::Sqlite(path) => Ok(Arc::new(Sqlite::open(Path::new(path), run)?.of_pool(&settings.pool).await?)),
+        Database::Postgres(url) => {
+            let wrong = |cause| StoreError::Open { path: "DATABASE_URL".into(), cause, cure: "correct it" };
+            let server = Server::parse(url).map_err(wrong)?;
+            Ok(Arc::new(Postgres::open(&server, &settings.pool, run, settings.connect_timeout).await?))
+        }
     }
 }
 

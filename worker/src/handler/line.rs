@@ -144,7 +144,7 @@ mod tests {
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let context = Context { timeout: Duration::from_secs(5), pool: "p".into(), limits: Default::default() };
-        Call { event: event.expect("valid"), attempt: 3, context }
+        Call { event: event.expect("valid"), attempt: 3, context, entry: Default::default() }
     }
 
     fn outcome(rest: &str) -> Outcome {

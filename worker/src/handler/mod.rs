@@ -6,13 +6,17 @@ mod line;
 mod log;
 mod program;
 mod rust;
+mod tx;
 
 pub use rust::{Failure, Rust};
+pub use tx::InTx;
 
 use crate::config::{Kind, Route};
+use crate::store::{Entry, Recorded, StoreError, Transactions};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
+use warren_shared::Message;
 use warren_shared::event::{Event, Limits, Unreadable};
 use warren_shared::structured::Defaults;
 
@@ -25,6 +29,8 @@ pub struct Call {
     pub attempt: u32,
     /// What the handler may ask.
     pub context: Context,
+    /// What is recorded of it where the handler runs inside the store's transaction.
+    pub(crate) entry: Entry,
 }
 
 /// What surrounds a call.
@@ -57,6 +63,15 @@ pub enum Outcome {
     },
     /// The call was ended from outside and does not count.
     Interrupted,
+    /// It succeeded, or was known, inside the store's transaction, which has ended.
+    Recorded {
+        /// What became of it.
+        recorded: Recorded,
+        /// What the new rows of the outbox send.
+        out: Vec<Message>,
+        /// The result, JSON.
+        result: Option<serde_json::Value>,
+    },
 }
 
 /// What a successful handler returns.
@@ -94,14 +109,20 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
-/// Makes a route's handler.
-#[must_use]
-pub fn build(route: &Route) -> Arc<dyn Handler> {
-    match &route.kind {
+/// Makes a route's handler. `transactions` are asked for by those that need them.
+///
+/// # Errors
+/// The store has none.
+pub fn build(
+    route: &Route,
+    transactions: impl FnOnce() -> Result<Transactions, StoreError>,
+) -> Result<Arc<dyn Handler>, StoreError> {
+    Ok(match &route.kind {
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Rust(handler) => handler.clone(),
-    }
+        Kind::InTx(handler) => handler.on(transactions()?),
+    })
 }
 
 impl Call {

@@ -72,19 +72,23 @@ impl Handler for Rust {
         Box::pin(async move {
             let timeout = call.context.timeout;
             // The function itself may panic before it returns its future.
-            let work = AssertUnwindSafe(async move { function(call.event, call.context).await }).catch_unwind();
-            match tokio::time::timeout(timeout, work).await {
-                Ok(Ok(Ok(reply))) => Outcome::Done(reply),
-                Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
-                Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
-                Ok(Err(panic)) => {
-                    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-                    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                    Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
-                }
-                Err(_) => Outcome::Retry { error: format!("no answer within {timeout:?}"), after: None },
-            }
+            ended(timeout, async move { function(call.event, call.context).await }).await
         })
+    }
+}
+
+/// How a function ends, one way or the other.
+pub(super) async fn ended(timeout: Duration, work: impl Future<Output = Result<Reply, Failure>>) -> Outcome {
+    match tokio::time::timeout(timeout, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(Ok(reply))) => Outcome::Done(reply),
+        Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
+        Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
+        }
+        Err(_) => Outcome::Retry { error: format!("no answer within {timeout:?}"), after: None },
     }
 }
 
@@ -100,7 +104,7 @@ mod tests {
     {
         let event = Event::new("1", "/tests", "a.b").expect("valid");
         let context = Context { timeout: Duration::from_millis(50), pool: "p".into(), limits: Limits::default() };
-        Rust::new(function).handle(Call { event, attempt: 1, context }).await
+        Rust::new(function).handle(Call { event, attempt: 1, context, entry: Default::default() }).await
     }
 
     #[tokio::test]

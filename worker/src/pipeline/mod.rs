@@ -284,7 +284,12 @@ impl Pipeline {
                 // Where the store was asked already, its answer leads on.
                 _ => self.unmark(id),
             },
-            Action::CommitDone | Action::CommitDead(_) => self.enqueue(Station::Commit, id),
+            Action::CommitDone | Action::CommitDead(_) => {
+                match self.jobs.get_mut(&id).and_then(|job| job.recorded.take()) {
+                    Some((recorded, out)) => self.recorded(id, recorded, out),
+                    None => self.enqueue(Station::Commit, id),
+                }
+            }
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
             // Its start counts when its turn comes: whoever waits is not to blame for a death before that.
             Action::Run(run) if run.company == Company::Alone => {
@@ -374,7 +379,7 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// Jitter, 0..1.
-fn chance() -> f64 {
+pub(crate) fn chance() -> f64 {
     let random = uuid::Uuid::new_v4().as_u128() as u32;
     f64::from(random) / f64::from(u32::MAX)
 }

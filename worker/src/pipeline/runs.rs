@@ -50,7 +50,7 @@ impl Pipeline {
             return;
         };
         let context = Context { timeout: route.timeout, ..self.parts.context.clone() };
-        let call = handler.handle(Call { event, attempt: run.attempt, context });
+        let call = handler.handle(Call { event, attempt: run.attempt, context, entry: job.entry() });
         self.calls.push(Started { id, call });
     }
 
@@ -93,6 +93,11 @@ impl Pipeline {
         let fact = match outcome {
             handler::Outcome::Done(reply) => {
                 job.reply = reply;
+                Fact::Succeeded
+            }
+            handler::Outcome::Recorded { recorded, out, result } => {
+                job.reply.result = result;
+                job.recorded = Some((recorded, out));
                 Fact::Succeeded
             }
             handler::Outcome::Retry { error, after } => {

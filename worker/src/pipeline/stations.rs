@@ -92,34 +92,61 @@ impl Pipeline {
         metrics::observe(names::COMMIT_SECONDS, since.elapsed().as_secs_f64());
         metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
         let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
-        let (mut relay, mut handled) = (Vec::new(), vec![0; self.parts.house.topology.lanes.iter().count()]);
-        let proof = |(recorded, effect): (Recorded, Effect)| match recorded {
-            Recorded::Fresh(proof, rows) => {
-                let Effect { partition, out, .. } = effect;
-                let row = |(id, message)| Row { id, partition: partition.clone(), message };
-                relay.extend(rows.into_iter().zip(out).map(row));
-                (proof, Fact::Committed)
-            }
+        let answer =
+            answer.map(|all| all.into_iter().zip(effects.into_iter().map(|effect| effect.out)).collect::<Vec<_>>());
+        // Before any ack: a hand-over that sees the last one waits for these rows.
+        if let Ok(all) = &answer {
+            let rows = ids.iter().zip(all).flat_map(|(id, (recorded, out))| self.rows(*id, recorded, out));
+            self.relay(rows.collect());
+        }
+        let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
+        self.answered(Station::Commit, ids, answer, |s, id, (recorded, _)| s.settle(id, recorded, &mut handled));
+        self.count(&handled);
+    }
+
+    /// The handler's transaction recorded it.
+    pub(super) fn recorded(&mut self, id: Id, recorded: Recorded, out: Vec<Message>) {
+        fault::point("after-commit");
+        self.relay(self.rows(id, &recorded, &out));
+        let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
+        self.settle(id, recorded, &mut handled);
+        self.count(&handled);
+    }
+
+    /// The rows of the outbox that a commit made.
+    fn rows(&self, id: Id, recorded: &Recorded, out: &[Message]) -> Vec<Row> {
+        let (Recorded::Fresh(_, rows), Some(job)) = (recorded, self.jobs.get(&id)) else { return Vec::new() };
+        let partition = &job.ticket.place().queue;
+        let row =
+            |(id, message): (&i64, &Message)| Row { id: *id, partition: partition.clone(), message: message.clone() };
+        rows.iter().zip(out).map(row).collect()
+    }
+
+    fn relay(&self, rows: Vec<Row>) {
+        if !rows.is_empty() {
+            self.parts.outbox.push(rows);
+        }
+    }
+
+    fn settle(&mut self, id: Id, recorded: Recorded, handled: &mut [u64]) {
+        let (proof, fact) = match recorded {
+            Recorded::Fresh(proof, _) => (proof, Fact::Committed),
             Recorded::Superseded(proof) => (proof, Fact::Superseded),
         };
-        let answer = answer.map(|all| all.into_iter().zip(effects).map(proof).collect());
-        // Before any ack: a hand-over that sees the last one waits for these rows.
-        if !relay.is_empty() {
-            self.parts.outbox.push(relay);
+        if fact == Fact::Committed {
+            self.tally(id, handled);
+        } else {
+            metrics::count(names::DUPLICATES, 1);
         }
-        self.answered(Station::Commit, ids, answer, |s, id, (proof, fact)| {
-            if fact == Fact::Committed {
-                s.tally(id, &mut handled);
-            } else {
-                metrics::count(names::DUPLICATES, 1);
-            }
-            if let Some(job) = s.jobs.get_mut(&id) {
-                job.proof = Some(Proof::Committed(proof));
-            }
-            if fact == Fact::Committed { s.fact(id, fact) } else { s.known(id, fact) }
-        });
-        for (lane, count) in self.parts.house.topology.lanes.iter().zip(handled).filter(|(_, count)| *count > 0) {
-            metrics::count_by(names::HANDLED, "lane", lane.name.clone(), count);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.proof = Some(Proof::Committed(proof));
+        }
+        if fact == Fact::Committed { self.fact(id, fact) } else { self.known(id, fact) }
+    }
+
+    fn count(&self, handled: &[u64]) {
+        for (lane, count) in self.parts.house.topology.lanes.iter().zip(handled).filter(|(_, count)| **count > 0) {
+            metrics::count_by(names::HANDLED, "lane", lane.name.clone(), *count);
         }
     }
 

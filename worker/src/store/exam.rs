@@ -291,15 +291,19 @@ pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
     let effects = |names: &[String]| names.iter().map(|name| done(name)).collect::<Vec<_>>();
     commit(&store, effects(&old)).await;
     store.start(vec![identity("old start")]).await.expect("answers");
+    let before = Instant::now();
+    let _ = moment().await;
+    // A worker prunes every few seconds; a store may make room for what comes next.
+    for _ in 0..3 {
+        store.prune(before.elapsed() / 2).await.expect("answers");
+    }
     let moment = moment().await;
     commit(&store, effects(&young)).await;
     store.start(vec![identity("young start")]).await.expect("answers");
 
-    let mut gone = 0;
     for _ in 0..256 {
-        gone += store.prune(moment.elapsed()).await.expect("answers");
+        store.prune(moment.elapsed()).await.expect("answers");
     }
-    assert_eq!(gone, 2001, "every old outcome and start");
     let known = |names: &[String]| store.look(names.iter().map(|name| seen(name, 0)).collect());
     assert!(known(&old).await.expect("answers").iter().all(Option::is_none));
     assert!(known(&young).await.expect("answers").iter().all(Option::is_some));

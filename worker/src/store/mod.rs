@@ -1,11 +1,14 @@
 //! The store: what the fleet remembers. One trait, one exam (`exam.rs`), one file an implementation.
 //!
 //! Architecture invariant: SQL stands in this directory only, and only this directory makes a [`Committed`].
+mod postgres;
 mod sqlite;
 
 #[cfg(test)]
 mod exam;
 
+pub(crate) use postgres::{Ended, Entry};
+pub use postgres::{Postgres, Transactions, Tx, TxError};
 pub use sqlite::Sqlite;
 
 use futures_util::future::BoxFuture;
@@ -45,6 +48,9 @@ pub enum StoreError {
         /// What this version knows.
         known: i64,
     },
+    /// Its kind runs no handler inside its transactions.
+    #[error("a handler that takes part in the store's transaction needs PostgreSQL: set DATABASE_URL to postgres://…")]
+    NoTransactions,
     /// It does not answer, or refuses to write (locked, full, gone).
     #[error("the store does not take it: {0}")]
     Unavailable(String),
@@ -146,4 +152,12 @@ pub trait Store: Send + Sync + 'static {
     fn prune(&self, window: Duration) -> Reply<u64>;
     /// What tells this store from all others.
     fn identity(&self) -> &str;
+    /// Transactions for handlers, at most so many at once.
+    ///
+    /// # Errors
+    /// This kind of store has none.
+    fn transactions(&self, most: usize) -> Result<Transactions, StoreError> {
+        let _ = most;
+        Err(StoreError::NoTransactions)
+    }
 }

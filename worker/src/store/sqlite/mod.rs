@@ -47,6 +47,7 @@ impl Desk {
 #[derive(Debug)]
 pub struct Sqlite {
     jobs: mpsc::Sender<Job>,
+    path: String,
     worker: String,
     identity: String,
     slice: std::sync::atomic::AtomicU8,
@@ -79,7 +80,25 @@ impl Sqlite {
             .name("store".into())
             .spawn(move || queue.into_iter().for_each(|job| job(&mut desk)))
             .map_err(|e| StoreError::Unavailable(e.to_string()))?;
-        Ok(Self { jobs, worker: worker.into(), identity, slice: 0.into() })
+        Ok(Self { jobs, path: path.display().to_string(), worker: worker.into(), identity, slice: 0.into() })
+    }
+
+    /// The same store, if it is this pool's or nobody's yet: what one pool has handled another would take for done.
+    ///
+    /// # Errors
+    /// It is another pool's.
+    pub async fn of_pool(self, pool: &str) -> Result<Self, StoreError> {
+        let (ours, path) = (pool.to_owned(), self.path.clone());
+        let claim = self.run(move |tx| {
+            tx.execute("INSERT OR IGNORE INTO meta VALUES ('pool', ?1)", [ours])?;
+            tx.query_row("SELECT value FROM meta WHERE name = 'pool'", [], |row| row.get::<_, String>(0))
+        });
+        let owner = claim.await?;
+        if owner == pool {
+            return Ok(self);
+        }
+        let cause = format!("it is the store of the pool '{owner}', not of '{pool}'");
+        Err(StoreError::Open { path, cause, cure: "give each pool a DATABASE_URL of its own" })
     }
 
     /// Runs a transaction on the store's thread.

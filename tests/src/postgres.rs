@@ -1,0 +1,156 @@
+//! A real PostgreSQL: a fresh database on the shared private server, or on one that a test may break.
+use crate::broker::{root, scratch};
+use anyhow::{Context, ensure};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::LazyLock;
+use tokio::runtime::Runtime;
+
+/// A database of this test's own, and its server.
+#[derive(Debug)]
+pub struct Postgres {
+    url: String,
+    name: String,
+    /// The directory of a private server.
+    dir: Option<PathBuf>,
+}
+
+impl Postgres {
+    /// A fresh database on the server that all tests share: started here if it does not run.
+    ///
+    /// # Errors
+    /// The server cannot be had.
+    pub fn shared(name: &str) -> anyhow::Result<Self> {
+        Self::on(None, name)
+    }
+
+    /// A fresh database on a server of its own, which the test may break.
+    ///
+    /// # Errors
+    /// The server cannot be had.
+    pub fn private(name: &str) -> anyhow::Result<Self> {
+        Self::on(Some(scratch().join(format!("postgres-{name}"))), name)
+    }
+
+    fn on(dir: Option<PathBuf>, name: &str) -> anyhow::Result<Self> {
+        let mut postgres = Self { url: String::new(), name: name.into(), dir };
+        if postgres.dir.is_some() {
+            postgres.script(&["stop", "--wipe", "--immediate"]).ok();
+        }
+        postgres.start()?;
+        let url = postgres.script(&["url"])?;
+        let (server, _) = url.rsplit_once('/').context("a URL with a database")?;
+        postgres.url = format!("{server}/{name}");
+        let drop = format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)");
+        let create = format!("CREATE DATABASE \"{name}\" OWNER warren");
+        postgres.script(&["psql", "-qc", &drop, "-c", &create])?;
+        Ok(postgres)
+    }
+
+    /// `postgres://user:password@host:port/database`; the user owns the database and is no superuser.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A connection, kept going until its client is dropped.
+    ///
+    /// # Errors
+    /// The server does not take it.
+    pub async fn client(&self) -> anyhow::Result<tokio_postgres::Client> {
+        let (client, connection) = tokio_postgres::connect(&self.url, tokio_postgres::NoTls).await?;
+        tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        Ok(client)
+    }
+
+    /// A number that a query answers with; from wherever, as it waits on threads of its own.
+    ///
+    /// # Errors
+    /// The server does not take it, or answers with something else.
+    pub fn number(&self, sql: &str) -> anyhow::Result<i64> {
+        static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
+        });
+        let (url, sql) = (self.url.clone(), sql.to_owned());
+        let (tell, told) = std::sync::mpsc::channel();
+        RUNTIME.spawn(async move {
+            let asked = async {
+                let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
+                tokio::spawn(connection);
+                client.query_typed(&sql, &[]).await?.first().context("no row")?.try_get(0).context("no number")
+            };
+            let _ = tell.send(asked.await);
+        });
+        told.recv()?
+    }
+
+    /// Starts a private server that was stopped or killed.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(&self) -> anyhow::Result<()> {
+        self.script(&["start"]).map(|_| ())
+    }
+
+    /// Stops a private server: its clients are told.
+    ///
+    /// # Errors
+    /// It does not stop.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.breaking("stop")
+    }
+
+    /// Kills a private server with SIGKILL.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn kill(&self) -> anyhow::Result<()> {
+        self.breaking("kill")
+    }
+
+    /// Stops a private server in its tracks (SIGSTOP): it is there and does not answer.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn freeze(&self) -> anyhow::Result<()> {
+        self.breaking("freeze")
+    }
+
+    /// Lets a frozen server go on.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn thaw(&self) -> anyhow::Result<()> {
+        self.breaking("thaw")
+    }
+
+    fn breaking(&self, command: &str) -> anyhow::Result<()> {
+        ensure!(self.dir.is_some(), "only a private server may be broken");
+        self.script(&[command]).map(|_| ())
+    }
+
+    fn script(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(root().join("scripts/postgres"));
+        if let Some(dir) = &self.dir {
+            command.arg("--dir").arg(dir);
+        }
+        let output = command.args(arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "scripts/postgres {arguments:?}: {said}");
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // A shared server goes on without this database; a private one ends with the test, and its data with it.
+        if self.dir.is_some() {
+            self.script(&["stop", "--wipe", "--immediate"]).ok();
+        } else {
+            let drop = format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name);
+            self.script(&["psql", "-qc", &drop]).ok();
+        }
+    }
+}

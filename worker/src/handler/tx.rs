@@ -1,0 +1,98 @@
+//! Handlers that are Rust functions inside the store's transaction.
+use super::rust::{Failure, ended};
+use super::{Call, Context, Handler, Outcome, Reply};
+use crate::job::outgoing;
+use crate::metrics::{self, names};
+use crate::pipeline::chance;
+use crate::store::{Ended, Transactions, Tx};
+use futures_util::future::BoxFuture;
+use std::sync::Arc;
+use std::time::Duration;
+use warren_shared::Event;
+
+type Function = dyn Fn(Event, Tx, Context) -> BoxFuture<'static, Result<Reply, Failure>> + Send + Sync;
+
+/// A Rust function that takes part in the store's transaction.
+#[derive(Clone)]
+pub struct InTx(Arc<Function>);
+
+impl std::fmt::Debug for InTx {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("InTx")
+    }
+}
+
+impl InTx {
+    /// Wraps a function. It must not block its thread.
+    pub fn new<F, Fut>(function: F) -> Self
+    where
+        F: Fn(Event, Tx, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
+    {
+        Self(Arc::new(move |event, tx, context| Box::pin(function(event, tx, context))))
+    }
+
+    /// The handler, with the transactions that it runs in.
+    pub(super) fn on(&self, transactions: Transactions) -> Arc<dyn Handler> {
+        Arc::new(Running { function: self.0.clone(), transactions })
+    }
+}
+
+struct Running {
+    function: Arc<Function>,
+    transactions: Transactions,
+}
+
+/// Between two tries of a transaction, at most.
+const LONGEST: Duration = Duration::from_secs(2);
+
+/// What of a call was not done.
+struct Undone(Outcome);
+
+impl From<String> for Undone {
+    fn from(error: String) -> Self {
+        Self(Outcome::Retry { error, after: None })
+    }
+}
+
+impl Handler for Running {
+    fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
+        let (function, transactions) = (self.function.clone(), self.transactions.clone());
+        Box::pin(async move {
+            let mut pause = Duration::from_millis(5);
+            loop {
+                let (event, context, timeout) = (call.event.clone(), call.context.clone(), call.context.timeout);
+                // The result stays beside the transaction, which knows only what it sends.
+                let mut result = None;
+                let work = async |tx: Tx| {
+                    let function = function.clone();
+                    match ended(timeout, async move { function(event, tx, context).await }).await {
+                        Outcome::Done(reply) => {
+                            let out = reply.emit.iter().map(outgoing).collect();
+                            result = reply.result;
+                            Ok(out)
+                        }
+                        other => Err(Undone(other)),
+                    }
+                };
+                match transactions.run(&call.entry, timeout, work).await {
+                    Ok(Ended::Recorded(recorded, out)) => return Outcome::Recorded { recorded, out, result },
+                    Ok(Ended::Failed(Undone(outcome))) => return outcome,
+                    // Neither its fault nor an attempt: the whole of it runs again when the way is free.
+                    Err(error) => {
+                        metrics::count(names::STORE_ERRORS, 1);
+                        tracing::warn!(
+                            id = call.event.id(),
+                            r#type = call.event.kind(),
+                            %error,
+                            "event '{}' runs again: its transaction could not be ended",
+                            call.event.id()
+                        );
+                        tokio::time::sleep(pause.mul_f64(0.5 + chance())).await;
+                        pause = (pause * 2).min(LONGEST);
+                    }
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,470 @@
+//! The store in PostgreSQL, for fleets: a schema a pool, one transaction a batch, the server's clock for all.
+//!
+//! A batch is one statement in one transaction, sent in one flight; the statement says which effects are fresh
+//! (`record.rs`). The inbox is a table a period (`periods.rs`). A commit whose answer was lost is resolved by the inbox when
+//! its batch is repeated. Nothing is kept in the session, so a pooler that deals out connections by transaction may stand
+//! between.
+mod periods;
+mod record;
+mod schema;
+mod session;
+mod tx;
+
+pub(crate) use self::tx::{Ended, Entry};
+pub use self::tx::{Transactions, Tx, TxError};
+
+use self::periods::Periods;
+use self::record::{Batch, chunks, uuid};
+use self::session::{Lease, PATIENCE, Sessions, Values, begin};
+use super::{Committed, Effect, Left, Recorded, Reply, Row, Seen, Start, Store, StoreError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
+use uuid::Uuid;
+use warren_publisher::postgres::Postgres as Server;
+use warren_shared::{Identity, Message};
+
+/// Connections for the store's own calls: a batch of each kind may be under way.
+const OWN: usize = 4;
+
+/// The store in a database.
+#[derive(Clone, Debug)]
+pub struct Postgres(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    server: Server,
+    sessions: Sessions,
+    schema: String,
+    class: i32,
+    worker: String,
+    identity: String,
+    periods: Mutex<Arc<Periods>>,
+    /// Events whose last commit may have happened although its answer never came.
+    uncertain: Mutex<HashSet<Identity>>,
+}
+
+impl Postgres {
+    /// Connects, and brings the pool's schema up to date. A server that is not there yet is waited for. `worker` must be unique
+    /// to this run of the process: outbox rows belong to it.
+    ///
+    /// # Errors
+    /// Says why it cannot be used and what to do.
+    pub async fn open(server: &Server, pool: &str, worker: &str, patience: Duration) -> Result<Self, StoreError> {
+        let sessions = Sessions::new(server.clone(), OWN)?;
+        let schema = schema::name(pool);
+        let deadline = Instant::now() + patience;
+        let (identity, periods) = loop {
+            let opened = async {
+                let lease = sessions.lease().await?;
+                let opened = match schema::migrate(&lease, &schema, pool).await {
+                    Ok(identity) => (identity, Periods::read(&lease, &schema).await?),
+                    Err(error) => return Err(error),
+                };
+                lease.keep();
+                Ok(opened)
+            };
+            match tokio::time::timeout(patience.max(PATIENCE), opened).await {
+                Ok(Ok(opened)) => break opened,
+                Ok(Err(StoreError::Unavailable(why))) if Instant::now() < deadline => {
+                    tracing::warn!("the store is not there yet, trying again: {why}");
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    return Err(StoreError::Unavailable(format!("PostgreSQL at {} does not answer", server.at())));
+                }
+            }
+        };
+        Ok(Self(Arc::new(Inner {
+            class: schema::class(&schema),
+            server: server.clone(),
+            sessions,
+            schema,
+            worker: worker.into(),
+            identity,
+            periods: Mutex::new(Arc::new(periods)),
+            uncertain: Mutex::default(),
+        })))
+    }
+
+    /// Runs a call to its end, whatever becomes of who asked.
+    fn call<T, F, Fut>(&self, work: F) -> Reply<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Arc<Inner>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, StoreError>> + Send,
+    {
+        let inner = self.0.clone();
+        let task = tokio::spawn(async move {
+            let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
+            tokio::time::timeout(PATIENCE, work(inner)).await.map_err(|_| silent())?
+        });
+        Box::pin(async move { task.await.map_err(|_| StoreError::Unavailable("the call was broken off".into()))? })
+    }
+}
+
+impl Inner {
+    fn periods(&self) -> Arc<Periods> {
+        self.periods.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A transaction of a phase holds its lock.
+    fn begin(&self, periods: &Periods) -> String {
+        begin(&format!(", pg_advisory_xact_lock_shared({}, {})", self.class, periods.phase))
+    }
+
+    /// Reads the periods again: the phase was over.
+    async fn reread(&self) -> Result<(), StoreError> {
+        let lease = self.sessions.lease().await?;
+        let read = Periods::read(&lease, &self.schema).await?;
+        lease.keep();
+        *self.periods.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(read);
+        Ok(())
+    }
+
+    /// One statement in a transaction of its own.
+    async fn write(&self, sql: &str, values: Values<'_>) -> Result<Vec<tokio_postgres::Row>, StoreError> {
+        let lease = self.sessions.lease().await?;
+        let rows = lease.transact(&begin(""), sql, values).await?;
+        lease.keep();
+        Ok(rows)
+    }
+
+    async fn look(&self, asked: &[Seen]) -> Result<Vec<Option<Committed>>, StoreError> {
+        let s = &self.schema;
+        let identities: Vec<Uuid> = asked.iter().map(|seen| uuid(&seen.identity)).collect();
+        loop {
+            let periods = self.periods();
+            // A row without identity tells the phase.
+            let sql = format!(
+                "SELECT k.identity, d.replayed, (SELECT phase FROM {s}.phase)
+                 FROM (SELECT NULL::uuid AS identity UNION ALL {}) k LEFT JOIN {s}.dead d USING (identity)",
+                periods.known(s, 1)
+            );
+            let lease = self.sessions.lease().await?;
+            let rows = lease.transact(&begin(""), &sql, &[(&identities, Type::UUID_ARRAY)]).await;
+            let Some(rows) = current(rows, &periods, 2)? else {
+                self.reread().await?;
+                continue;
+            };
+            lease.keep();
+            let death =
+                |row: &tokio_postgres::Row| Some((row.get::<_, Option<Uuid>>(0)?, row.get::<_, Option<i32>>(1)));
+            let known: HashMap<Uuid, Option<i32>> = rows.iter().filter_map(death).collect();
+            let stands = |seen: &Seen| {
+                let death = known.get(&uuid(&seen.identity))?;
+                let stands = death.is_none_or(|until| u32::try_from(until).unwrap_or(0) >= seen.replayed);
+                stands.then_some(Committed(()))
+            };
+            return Ok(asked.iter().map(stands).collect());
+        }
+    }
+
+    async fn commit(&self, effects: &[Effect]) -> Result<Vec<Recorded>, StoreError> {
+        loop {
+            let periods = self.periods();
+            let lease = self.sessions.lease().await?;
+            let Some(recorded) = self.record(&lease, &periods, effects).await? else {
+                self.reread().await?;
+                continue;
+            };
+            let answer = self.resolve(&lease, recorded).await?;
+            lease.keep();
+            return Ok(answer);
+        }
+    }
+
+    /// Records effects in one transaction: which are fresh, and the ids of their rows. None: the phase is over.
+    async fn record<'e>(
+        &self,
+        lease: &Lease,
+        periods: &Periods,
+        effects: &'e [Effect],
+    ) -> Result<Option<Vec<(&'e Effect, Option<Vec<i64>>)>>, StoreError> {
+        let (begin, chunks) = (self.begin(periods), chunks(effects));
+        let mut recorded = Vec::with_capacity(effects.len());
+        // Mostly there is but one chunk: then all of it goes in one flight.
+        let many = chunks.len() > 1;
+        if many {
+            lease.batch_execute(&begin).await?;
+        }
+        for chunk in chunks {
+            let batch = Batch::of(chunk, &self.worker).map_err(unwritable)?;
+            let (sql, values) = (batch.statement(&self.schema, periods), batch.values());
+            let rows =
+                if many { lease.query_typed(&sql, &values).await } else { lease.transact(&begin, &sql, &values).await };
+            let Some(rows) = current(rows, periods, 0)? else { return Ok(None) };
+            let fresh: HashSet<i32> = rows.iter().flat_map(|row| row.get::<_, Vec<i32>>(1)).collect();
+            let mut ids = batch.rows(rows.first().map_or(0, |row| row.get(2)));
+            for (n, effect) in (0..).zip(chunk) {
+                recorded.push((effect, fresh.contains(&n).then(|| ids.remove(&n).unwrap_or_default())));
+            }
+        }
+        if many {
+            lease.batch_execute("COMMIT").await?;
+        }
+        Ok(Some(recorded))
+    }
+
+    /// What was superseded may have been so by our own commit, whose answer was lost: its outgoing rows are still to be
+    /// published by us.
+    async fn resolve(
+        &self,
+        lease: &Lease,
+        recorded: Vec<(&Effect, Option<Vec<i64>>)>,
+    ) -> Result<Vec<Recorded>, StoreError> {
+        let mut answer = Vec::with_capacity(recorded.len());
+        for (effect, mut fresh) in recorded {
+            let doubtful = effect.seen.map(|seen| seen.identity).filter(|identity| self.doubts(identity));
+            if let Some(identity) = doubtful {
+                if fresh.is_none() {
+                    let rows = self.rows_of(lease, &identity).await?;
+                    fresh = (rows.len() == effect.out.len()).then(|| rows.iter().map(|row| row.id).collect());
+                }
+                self.trust(&identity);
+            }
+            answer.push(match fresh {
+                Some(rows) => Recorded::Fresh(Committed(()), rows),
+                None => Recorded::Superseded(Committed(())),
+            });
+        }
+        Ok(answer)
+    }
+
+    /// Our own rows that an event's commit sends.
+    async fn rows_of(&self, lease: &Lease, cause: &Identity) -> Result<Vec<Row>, StoreError> {
+        let sql = format!(
+            "SELECT id, partition, envelope, body FROM {}.outbox WHERE worker = $1 AND cause = $2 ORDER BY id",
+            self.schema
+        );
+        let values: Values<'_> = &[(&self.worker, Type::TEXT), (&uuid(cause), Type::UUID)];
+        lease.query_typed(&sql, values).await?.iter().map(row).collect()
+    }
+
+    fn uncertain(&self) -> MutexGuard<'_, HashSet<Identity>> {
+        self.uncertain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an event's commit may have happened although its answer never came.
+    fn doubts(&self, identity: &Identity) -> bool {
+        self.uncertain().contains(identity)
+    }
+
+    fn doubt(&self, identity: Identity) {
+        self.uncertain().insert(identity);
+    }
+
+    fn trust(&self, identity: &Identity) {
+        self.uncertain().remove(identity);
+    }
+
+    async fn adopt(&self, left: &Left) -> Result<Vec<Row>, StoreError> {
+        let s = &self.schema;
+        let silent = format!("NOT IN (SELECT id FROM {s}.workers WHERE seen >= now() - make_interval(secs => $2))");
+        let (which, name, age);
+        let value: (&(dyn ToSql + Sync), Type) = match left {
+            Left::In(partition) => {
+                which = "partition = $2".to_owned();
+                name = &**partition;
+                (&name, Type::TEXT)
+            }
+            Left::Silent(silence) => {
+                age = silence.as_secs_f64();
+                which = format!("worker {silent}");
+                (&age, Type::FLOAT8)
+            }
+        };
+        let values: Values<'_> = &[(&self.worker, Type::TEXT), value];
+        // Mostly there is nothing: then nothing is written.
+        let any = format!("SELECT EXISTS (SELECT FROM {s}.outbox WHERE worker <> $1 AND {which})");
+        let mut rows = Vec::new();
+        if self.write(&any, values).await?.first().is_some_and(|row| row.get(0)) {
+            let take = format!(
+                "UPDATE {s}.outbox SET worker = $1 WHERE worker <> $1 AND {which} RETURNING id, partition, envelope, body"
+            );
+            for taken in self.write(&take, values).await? {
+                rows.push(row(&taken)?);
+            }
+            rows.sort_unstable_by_key(|row: &Row| row.id);
+        }
+        if let Left::Silent(_) = left {
+            let gone = format!("DELETE FROM {s}.workers WHERE id <> $1 AND id {silent}");
+            self.write(&gone, values).await?;
+        }
+        Ok(rows)
+    }
+
+    async fn start(&self, events: &[Identity]) -> Result<Vec<Start>, StoreError> {
+        let (identities, counts) = counted(events);
+        let sql = format!(
+            "INSERT INTO {}.starts AS s SELECT identity, count, 0, clock_timestamp()
+                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, count)
+             ON CONFLICT (identity) DO UPDATE SET starts = s.starts + excluded.starts, at = excluded.at
+             RETURNING identity, starts, failed",
+            self.schema
+        );
+        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
+        let rows = self.write(&sql, values).await?;
+        let after: HashMap<Uuid, (i32, i32)> = rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
+        // Of several starts of one event in a call, each counts those before it.
+        let mut before: HashMap<Uuid, i32> = HashMap::new();
+        for (identity, count) in identities.iter().zip(counts) {
+            before.insert(*identity, after.get(identity).map_or(0, |(starts, _)| starts - count));
+        }
+        let start = |event: &Identity| {
+            let unfinished = before.entry(uuid(event)).or_default();
+            let start = Start {
+                unfinished: u32::try_from(*unfinished).unwrap_or(0),
+                failed: after.get(&uuid(event)).map_or(0, |(_, failed)| u32::try_from(*failed).unwrap_or(0)),
+            };
+            *unfinished += 1;
+            start
+        };
+        Ok(events.iter().map(start).collect())
+    }
+
+    async fn unstart(&self, events: &[Identity]) -> Result<(), StoreError> {
+        let (identities, counts) = counted(events);
+        let s = &self.schema;
+        let sql = format!(
+            "WITH e AS (SELECT s.identity, greatest(s.starts - count, 0) AS starts, s.failed
+                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, count) JOIN {s}.starts s USING (identity)
+                 ORDER BY s.identity FOR UPDATE OF s),
+             gone AS (DELETE FROM {s}.starts s USING e WHERE s.identity = e.identity AND e.starts = 0 AND e.failed = 0)
+             UPDATE {s}.starts s SET starts = e.starts FROM e
+                 WHERE s.identity = e.identity AND NOT (e.starts = 0 AND e.failed = 0)"
+        );
+        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
+        self.write(&sql, values).await.map(drop)
+    }
+
+    async fn note(&self, event: Identity, failed: u32) -> Result<(), StoreError> {
+        let sql = format!(
+            "INSERT INTO {}.starts VALUES ($1, 0, $2, clock_timestamp()) ON CONFLICT (identity)
+             DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
+            self.schema
+        );
+        let failed = i32::try_from(failed).unwrap_or(i32::MAX);
+        self.write(&sql, &[(&uuid(&event), Type::UUID), (&failed, Type::INT4)]).await.map(drop)
+    }
+
+    async fn prune(&self, window: Duration) -> Result<u64, StoreError> {
+        let lease = self.sessions.lease().await?;
+        let gone = periods::turn(&lease, &self.schema, self.class, window).await?;
+        lease.keep();
+        self.reread().await?;
+        let sql = format!(
+            "WITH gone AS (DELETE FROM {}.starts WHERE at < clock_timestamp() - make_interval(secs => $1) RETURNING 1)
+             SELECT count(*) FROM gone",
+            self.schema
+        );
+        let starts = self.write(&sql, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        Ok(gone + starts.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
+    }
+}
+
+impl Store for Postgres {
+    fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>> {
+        self.call(|inner| async move { inner.look(&asked).await })
+    }
+
+    fn start(&self, events: Vec<Identity>) -> Reply<Vec<Start>> {
+        self.call(|inner| async move { inner.start(&events).await })
+    }
+
+    fn unstart(&self, events: Vec<Identity>) -> Reply<()> {
+        self.call(|inner| async move { inner.unstart(&events).await })
+    }
+
+    fn note(&self, event: Identity, failed: u32) -> Reply<()> {
+        self.call(move |inner| async move { inner.note(event, failed).await })
+    }
+
+    fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>> {
+        let (inner, asked) = (self.0.clone(), effects.clone());
+        let answer = self.call(|inner| async move { inner.commit(&effects).await });
+        Box::pin(async move {
+            answer.await.inspect_err(|_| {
+                let sending = asked.iter().filter(|effect| !effect.out.is_empty());
+                sending.filter_map(|effect| effect.seen).for_each(|seen| inner.doubt(seen.identity));
+            })
+        })
+    }
+
+    fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
+        self.call(|inner| async move { inner.adopt(&left).await })
+    }
+
+    fn sent(&self, rows: Vec<i64>) -> Reply<()> {
+        self.call(|inner| async move {
+            let sql = format!("DELETE FROM {}.outbox WHERE id = ANY($1)", inner.schema);
+            inner.write(&sql, &[(&rows, Type::INT8_ARRAY)]).await.map(drop)
+        })
+    }
+
+    fn beat(&self) -> Reply<()> {
+        self.call(|inner| async move {
+            let sql = format!(
+                "INSERT INTO {}.workers VALUES ($1, clock_timestamp()) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
+                inner.schema
+            );
+            inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await.map(drop)
+        })
+    }
+
+    fn prune(&self, window: Duration) -> Reply<u64> {
+        self.call(move |inner| async move { inner.prune(window).await })
+    }
+
+    fn identity(&self) -> &str {
+        &self.0.identity
+    }
+
+    fn transactions(&self, most: usize) -> Result<Transactions, StoreError> {
+        Ok(Transactions::new(self.0.clone(), Sessions::new(self.0.server.clone(), most)?))
+    }
+}
+
+/// The answer, if its phase still holds; the phase stands in this column of the first row.
+fn current(
+    rows: Result<Vec<tokio_postgres::Row>, tokio_postgres::Error>,
+    periods: &Periods,
+    column: usize,
+) -> Result<Option<Vec<tokio_postgres::Row>>, StoreError> {
+    match rows {
+        Ok(rows) if rows.first().is_some_and(|row| row.get::<_, i32>(column) == periods.phase) => Ok(Some(rows)),
+        Ok(_) => Ok(None),
+        // The table of a period that was dropped since.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Each identity once, with how often it stands there, in an order in which two calls do not lock each other out.
+fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
+    let mut counts: BTreeMap<Uuid, i32> = BTreeMap::new();
+    for event in events {
+        *counts.entry(uuid(event)).or_default() += 1;
+    }
+    counts.into_iter().unzip()
+}
+
+fn row(row: &tokio_postgres::Row) -> Result<Row, StoreError> {
+    let (id, partition, envelope): (i64, &str, &str) = (row.get(0), row.get(1), row.get(2));
+    let message: Result<Message, _> = serde_json::from_str(envelope);
+    let mut message = message
+        .map_err(|error| StoreError::Unavailable(format!("the outgoing event of row {id} cannot be read: {error}")))?;
+    message.body = row.get(3);
+    Ok(Row { id, partition: partition.into(), message })
+}
+
+fn unwritable(error: serde_json::Error) -> StoreError {
+    StoreError::Unavailable(format!("an outgoing event cannot be written: {error}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! Connections to the database, and what its refusals mean for a call.
+use crate::store::StoreError;
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
+use futures_util::future::join3;
+use std::ops::Deref;
+use std::time::Duration;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Row, Statement};
+use warren_publisher::postgres::{Postgres as Server, problem};
+
+/// How long a call may take; the server is told less, so that it gives up first.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// A statement's parameters.
+pub(super) type Values<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
+
+/// Connections, at most so many.
+#[derive(Clone, Debug)]
+pub(super) struct Sessions {
+    pool: Pool,
+    server: Server,
+}
+
+impl Sessions {
+    pub(super) fn new(server: Server, most: usize) -> Result<Self, StoreError> {
+        let (config, tls) = server.parts();
+        let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+        let pool = Pool::builder(manager).max_size(most).runtime(Runtime::Tokio1).create_timeout(Some(PATIENCE));
+        let pool = pool.build().map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        Ok(Self { pool, server })
+    }
+
+    /// A connection for one call.
+    pub(super) async fn lease(&self) -> Result<Lease, StoreError> {
+        match self.pool.get().await {
+            Ok(object) => Ok(Lease(Some(object))),
+            Err(PoolError::Backend(error)) => Err(self.refusal(&error)),
+            Err(error) => Err(StoreError::Unavailable(format!("PostgreSQL at {}: {error}", self.server.at()))),
+        }
+    }
+
+    /// What an error of a connection attempt means.
+    pub(super) fn refusal(&self, error: &tokio_postgres::Error) -> StoreError {
+        let why = self.server.explain(error);
+        if why.is_passing() {
+            return StoreError::Unavailable(why.to_string());
+        }
+        StoreError::Open { path: why.at, cause: why.problem, cure: why.cure }
+    }
+}
+
+/// A connection that is closed when its call does not end well: nobody else meets what it left.
+#[derive(Debug)]
+pub(super) struct Lease(Option<Object>);
+
+impl Lease {
+    /// The call ended well: others may use the connection.
+    pub(super) fn keep(mut self) {
+        self.0 = None;
+    }
+
+    /// A handler's statement, prepared once a connection.
+    pub(super) async fn prepared(&self, sql: &str) -> Result<Statement, tokio_postgres::Error> {
+        match &self.0 {
+            Some(object) => object.prepare_cached(sql).await,
+            None => self.prepare(sql).await,
+        }
+    }
+
+    /// One statement in a transaction, all in one flight.
+    pub(super) async fn transact(
+        &self,
+        begin: &str,
+        sql: &str,
+        values: Values<'_>,
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let (begun, rows, ended) =
+            join3(self.batch_execute(begin), self.query_typed(sql, values), self.batch_execute("COMMIT")).await;
+        begun?;
+        let rows = rows?;
+        ended.map(|()| rows)
+    }
+}
+
+impl Deref for Lease {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        match &self.0 {
+            Some(object) => object,
+            None => unreachable!("only `keep` takes it, and it consumes the lease"),
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(object) = self.0.take() {
+            drop(Object::take(object));
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for StoreError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Unavailable(format!("PostgreSQL: {}", problem(&error)))
+    }
+}
+
+/// The beginning of a transaction, with more to select. Nothing is set for the session and no statement has a name: the next
+/// transaction may meet another connection of a pooler.
+pub(super) fn begin(more: &str) -> String {
+    begin_within(Duration::from_secs(15), more)
+}
+
+/// The same, where a statement may take so long; and who holds the transaction open may be silent not much longer.
+pub(super) fn begin_within(statement: Duration, more: &str) -> String {
+    let (statement, silence) = (statement.as_millis(), statement.as_millis() + 5_000);
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config('lock_timeout', '5s', true),
+         set_config('statement_timeout', '{statement}ms', true),
+         set_config('idle_in_transaction_session_timeout', '{silence}ms', true){more}"
+    )
+}

@@ -1,0 +1,314 @@
+//! Handlers inside the store's transaction: their SQL, the inbox row and what they send commit or roll back together.
+//!
+//! Each event has a transaction of its own; several run side by side and share the flush of the server's log. Batches with
+//! savepoints were measured too (docs/performance.md): not faster, and a slow, deadlocked or failing event would hold or undo
+//! its neighbours.
+//!
+//! The inbox row comes first: where two workers hold the same event, the second waits for the first one's end and finds it
+//! done.
+use super::Inner;
+use super::record::{Batch, Out};
+use super::session::{Lease, PATIENCE, Sessions, begin_within};
+use crate::store::{Committed, Effect, Outcome, Recorded, Seen, StoreError};
+use futures_util::future::{join, join3};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::RwLock;
+use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
+use warren_publisher::postgres::problem;
+use warren_shared::{Identity, Message};
+
+/// A connection that does not roll back in this time is closed.
+const ROLLBACK: Duration = Duration::from_secs(5);
+
+/// Why a statement of a handler was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum TxError {
+    /// The server refused it, or the connection is lost.
+    #[error("{}", problem(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// The handler has returned, or ran out of time.
+    #[error("the transaction has ended: a handler's transaction is only for the time of its call")]
+    Ended,
+}
+
+impl TxError {
+    /// PostgreSQL's code, such as a violated constraint.
+    #[must_use]
+    pub fn code(&self) -> Option<&SqlState> {
+        match self {
+            Self::Sql(error) => error.code(),
+            Self::Ended => None,
+        }
+    }
+}
+
+/// The transaction of a handler's call. Statements of one call may run at the same time; they reach the server in the order in
+/// which they were first polled. `BEGIN`, `COMMIT` and `ROLLBACK` are Warren's: a handler rolls back by failing.
+#[derive(Debug)]
+pub struct Tx(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    lease: RwLock<Option<Lease>>,
+    /// What the event is not to blame for.
+    trouble: Mutex<Option<String>>,
+}
+
+impl Tx {
+    /// Runs a statement; returns how many rows it touched.
+    ///
+    /// # Errors
+    /// The server refused it.
+    pub async fn execute(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<u64, TxError> {
+        self.run(async |lease| lease.execute(&lease.prepared(sql).await?, values).await).await
+    }
+
+    /// Runs a query.
+    ///
+    /// # Errors
+    /// The server refused it.
+    pub async fn query(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, TxError> {
+        self.run(async |lease| lease.query(&lease.prepared(sql).await?, values).await).await
+    }
+
+    /// Runs a query that has at most one row.
+    ///
+    /// # Errors
+    /// The server refused it, or there are more.
+    pub async fn query_opt(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Option<Row>, TxError> {
+        self.run(async |lease| lease.query_opt(&lease.prepared(sql).await?, values).await).await
+    }
+
+    /// Runs a query that has one row.
+    ///
+    /// # Errors
+    /// The server refused it, or there are more or none.
+    pub async fn query_one(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Row, TxError> {
+        self.run(async |lease| lease.query_one(&lease.prepared(sql).await?, values).await).await
+    }
+
+    /// Runs a query whose parameters' types are named, without preparing it: also where a pooler deals out connections by
+    /// transaction.
+    ///
+    /// # Errors
+    /// The server refused it.
+    pub async fn query_typed(&self, sql: &str, values: &[(&(dyn ToSql + Sync), Type)]) -> Result<Vec<Row>, TxError> {
+        self.run(async |lease| lease.query_typed(sql, values).await).await
+    }
+
+    async fn run<T>(&self, work: impl AsyncFnOnce(&Lease) -> Result<T, tokio_postgres::Error>) -> Result<T, TxError> {
+        let lease = self.0.lease.read().await;
+        let done = work(lease.as_ref().ok_or(TxError::Ended)?).await;
+        done.map_err(|error| {
+            if passes(&error) {
+                let trouble = problem(&error);
+                self.0.trouble.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(trouble);
+            }
+            error.into()
+        })
+    }
+}
+
+/// Whether the same transaction may well succeed when it is run again: the server or the way to it fails, or another
+/// transaction was in the way.
+fn passes(error: &tokio_postgres::Error) -> bool {
+    let Some(code) = error.code() else { return error.is_closed() || error.as_db_error().is_none() };
+    let class = &code.code()[..2];
+    matches!(class, "08" | "53" | "57" | "58") && *code != SqlState::QUERY_CANCELED
+        || [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED, SqlState::LOCK_NOT_AVAILABLE]
+            .contains(code)
+}
+
+/// What a transaction records beside the handler's own work.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Entry {
+    pub(crate) seen: Option<Seen>,
+    pub(crate) started: Option<Identity>,
+    pub(crate) partition: Arc<str>,
+}
+
+/// How a transaction ended.
+#[derive(Debug)]
+pub(crate) enum Ended<E> {
+    /// It is durable, or another's is; with what its rows of the outbox send.
+    Recorded(Recorded, Vec<Message>),
+    /// The handler failed; nothing was changed.
+    Failed(E),
+}
+
+/// Transactions for handlers: connections of their own, so that no slow handler keeps the store from its work.
+#[derive(Clone, Debug)]
+pub struct Transactions {
+    inner: Arc<Inner>,
+    sessions: Sessions,
+}
+
+impl Transactions {
+    pub(super) fn new(inner: Arc<Inner>, sessions: Sessions) -> Self {
+        Self { inner, sessions }
+    }
+
+    /// Runs a handler's work in a transaction. `Ok` of the work says what it sends. The caller may drop this future: the
+    /// transaction is rolled back then.
+    ///
+    /// # Errors
+    /// The store, or another transaction, was in the way: run it again.
+    pub(crate) async fn run<E, Fut>(
+        &self,
+        entry: &Entry,
+        timeout: Duration,
+        work: impl FnOnce(Tx) -> Fut,
+    ) -> Result<Ended<E>, StoreError>
+    where
+        Fut: Future<Output = Result<Vec<Message>, E>>,
+        E: From<String>,
+    {
+        let effect = Effect {
+            seen: entry.seen,
+            outcome: Outcome::Done,
+            started: entry.started,
+            partition: entry.partition.clone(),
+            out: Vec::new(),
+        };
+        let Some((lease, transaction)) = in_time(self.claim(&effect, timeout)).await? else {
+            return in_time(self.known(&effect)).await;
+        };
+
+        let shared = Arc::new(Shared { lease: RwLock::new(Some(lease)), trouble: Mutex::default() });
+        let worked = work(Tx(shared.clone())).await;
+        // Whatever the handler left running ends first.
+        let lease = shared.lease.write().await.take().ok_or_else(|| StoreError::Unavailable("no connection".into()))?;
+        let trouble = shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(trouble) = trouble {
+            return Err(StoreError::Unavailable(format!("PostgreSQL: {trouble}")));
+        }
+        let out = match worked {
+            Ok(out) => out,
+            Err(failed) => {
+                // Where that fails the connection is closed, which ends it as well.
+                if matches!(tokio::time::timeout(ROLLBACK, lease.batch_execute("ROLLBACK")).await, Ok(Ok(()))) {
+                    lease.keep();
+                }
+                return Ok(Ended::Failed(failed));
+            }
+        };
+        let finished = in_time(self.finish(lease, &effect, &transaction, out)).await;
+        finished.inspect_err(|_| {
+            // It may have happened all the same.
+            if let Some(seen) = effect.seen {
+                self.inner.doubt(seen.identity);
+            }
+        })
+    }
+
+    /// Begins a transaction, and records the event as done in it. None where it is known.
+    async fn claim(&self, effect: &Effect, timeout: Duration) -> Result<Option<(Lease, String)>, StoreError> {
+        let inner = &self.inner;
+        let effects = std::slice::from_ref(effect);
+        let batch = Batch::of(effects, &inner.worker).map_err(super::unwritable)?;
+        loop {
+            let lease = self.sessions.lease().await?;
+            let periods = inner.periods();
+            let lock = format!(", pg_advisory_xact_lock_shared({}, {})", inner.class, periods.phase);
+            let (begin, sql, values) =
+                (begin_within(timeout, &lock), batch.statement(&inner.schema, &periods), batch.values());
+            let (begun, rows, transaction) = join3(
+                lease.batch_execute(&begin),
+                lease.query_typed(&sql, &values),
+                lease.query_typed("SELECT pg_current_xact_id()::text", &[]),
+            )
+            .await;
+            begun?;
+            let Some(rows) = super::current(rows, &periods, 0)? else {
+                inner.reread().await?;
+                continue;
+            };
+            let transaction: String = transaction?.first().map(|row| row.get(0)).unwrap_or_default();
+            if rows.first().is_some_and(|row| !row.get::<_, Vec<i32>>(1).is_empty()) {
+                return Ok(Some((lease, transaction)));
+            }
+            lease.batch_execute("ROLLBACK").await?;
+            lease.keep();
+            return Ok(None);
+        }
+    }
+
+    /// The event has an outcome: another's, or our own whose answer was lost. Then its rows are still ours to publish.
+    async fn known<E>(&self, effect: &Effect) -> Result<Ended<E>, StoreError> {
+        let (inner, mut recorded) = (&self.inner, Recorded::Superseded(Committed(())));
+        let mut out = Vec::new();
+        if let Some(seen) = effect.seen
+            && inner.doubts(&seen.identity)
+        {
+            let lease = self.sessions.lease().await?;
+            let rows = inner.rows_of(&lease, &seen.identity).await?;
+            lease.keep();
+            if !rows.is_empty() {
+                recorded = Recorded::Fresh(Committed(()), rows.iter().map(|row| row.id).collect());
+                out = rows.into_iter().map(|row| row.message).collect();
+            }
+            inner.trust(&seen.identity);
+        }
+        Ok(Ended::Recorded(recorded, out))
+    }
+
+    /// Records what it sends, and commits.
+    async fn finish<E: From<String>>(
+        &self,
+        lease: Lease,
+        effect: &Effect,
+        transaction: &str,
+        out: Vec<Message>,
+    ) -> Result<Ended<E>, StoreError> {
+        let inner = &self.inner;
+        let cause = effect.seen.map(|seen| super::uuid(&seen.identity));
+        let mut rows = Out::of(&inner.worker);
+        for message in &out {
+            rows.push(0, &effect.partition, cause, message).map_err(super::unwritable)?;
+        }
+        // Done only in the transaction that recorded the event. It fails where the handler went on after a failed statement:
+        // COMMIT alone would roll back and say nothing.
+        let (sql, mut values) = if rows.is_empty() {
+            (format!("SELECT 0::bigint WHERE {}", same(1)), Vec::new())
+        } else {
+            (rows.statement(&inner.schema, &same(8)), rows.values().to_vec())
+        };
+        values.push((&transaction, Type::TEXT));
+        let (sent, ended) = join(lease.query_typed(&sql, &values), lease.batch_execute("COMMIT")).await;
+        let why = match sent.and_then(|sent| ended.map(|()| sent)) {
+            Ok(sent) if sent.is_empty() => {
+                "the handler ended the store's transaction: BEGIN, COMMIT and ROLLBACK are not its own".into()
+            }
+            Ok(sent) => {
+                lease.keep();
+                if let Some(seen) = effect.seen {
+                    inner.trust(&seen.identity);
+                }
+                let ids = rows.ids(sent.first().map_or(0, |row| row.get(0)));
+                drop(rows);
+                return Ok(Ended::Recorded(Recorded::Fresh(Committed(()), ids), out));
+            }
+            Err(error) if passes(&error) => return Err(error.into()),
+            Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
+                "the handler returned success although a statement of its transaction had failed".into()
+            }
+            // Such as a constraint that is checked at the end.
+            Err(error) => problem(&error),
+        };
+        Ok(Ended::Failed(E::from(why)))
+    }
+}
+
+/// No longer than any call of the store.
+async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
+    tokio::time::timeout(PATIENCE, work).await.map_err(|_| silent())?
+}
+
+/// Whether the transaction is still the one that is named by this parameter.
+fn same(n: u32) -> String {
+    format!("pg_current_xact_id_if_assigned()::text = ${n}")
+}
