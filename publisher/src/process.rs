@@ -168,9 +168,9 @@ pub fn count(n: usize, noun: &str) -> String {
 
 fn log(settings: &Settings) {
     use tracing_subscriber::{EnvFilter, fmt};
-    // The AMQP library prints returned messages, bodies and all: no filter may turn that on.
+    // The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: no filter may turn that on.
     let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
-    let silent = ["lapin=off", "amq_protocol=off", "async_rs=off"];
+    let silent = ["lapin=off", "amq_protocol=off", "async_rs=off", "tokio_postgres=off", "deadpool_postgres=off"];
     let filter = silent.iter().filter_map(|d| d.parse().ok()).fold(filter, EnvFilter::add_directive);
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.

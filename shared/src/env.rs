@@ -5,6 +5,7 @@
 use crate::event::Limits;
 use crate::lane::Lanes;
 use crate::pattern::Pattern;
+use crate::retry::LONGEST;
 use crate::topology::{BUS, Order, QueueType, Subscription};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -67,7 +68,7 @@ pub const VARIABLES: &[Variable] = &[
     worker("WARREN_DECLARE", "auto", "auto: declare the topology at the start; never: only check that it is there"),
     worker("WARREN_DRAIN_TIMEOUT", "25s", "how long running handlers may finish after SIGTERM"),
     worker("WARREN_CONSUMER_TIMEOUT", "30m", "the broker's consumer_timeout; a route that could hold a delivery longer is refused"),
-    worker("WARREN_RETENTION", "7d", "how long the store knows an event's id"),
+    worker("WARREN_RETENTION", "7d", "how long at least the store knows an event's id, 30h or more"),
     worker("WARREN_ADMIN_ADDR", "", "where /livez, /readyz and /metrics are served, such as 0.0.0.0:9090; empty: nowhere"),
     worker("WARREN_WORKER_ID", "", "the worker's name in logs and dead letters; empty: host name and pid"),
 ];
@@ -255,7 +256,7 @@ impl Read<'_> {
         let declare = self.get("WARREN_DECLARE", |v| choice(v, [("auto", Declare::Auto), ("never", Declare::Never)]));
         let drain_timeout = self.get("WARREN_DRAIN_TIMEOUT", duration);
         let consumer_timeout = self.get("WARREN_CONSUMER_TIMEOUT", duration);
-        let retention = self.get("WARREN_RETENTION", duration);
+        let retention = self.get("WARREN_RETENTION", retention);
         let admin_addr = match self.optional("WARREN_ADMIN_ADDR") {
             None => Some(None),
             Some(_) => {
@@ -333,6 +334,19 @@ pub fn duration(value: &str) -> Result<Duration, String> {
         _ => Duration::try_from(value.parse::<jiff::SignedDuration>().map_err(|_| wrong())?).map_err(|_| wrong())?,
     };
     if parsed.is_zero() || parsed > Duration::from_secs(366 * 86_400) { Err(wrong()) } else { Ok(parsed) }
+}
+
+/// A copy of an event may wait for [`LONGEST`] where a handler asks for that, and a fifth longer: the store still has to know
+/// what became of the other one.
+fn retention(value: &str) -> Result<Duration, String> {
+    let (window, least) = (duration(value)?, LONGEST + LONGEST / 4);
+    if window >= least {
+        return Ok(window);
+    }
+    let hours = least.as_secs() / 3600;
+    Err(format!(
+        "'{value}' is shorter than {hours}h: a copy of an event may wait a day in the delay queues, and would run again"
+    ))
 }
 
 fn database(value: &str) -> Result<Database, String> {

@@ -361,6 +361,19 @@ impl Lab {
         Ok(sum)
     }
 
+    /// Waits until no partition holds anything.
+    ///
+    /// # Errors
+    /// That does not come to be in time.
+    pub async fn at_rest(&self, patience: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while self.queued().await? > 0 {
+            ensure!(started.elapsed() < patience, "events still wait{}", self.logs());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Ok(())
+    }
+
     /// Whether somebody holds the store's lock for writing, for longer than a transaction takes.
     ///
     /// # Errors

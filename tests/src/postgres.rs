@@ -86,6 +86,18 @@ impl Postgres {
         told.recv()?
     }
 
+    /// The URL of a read-only copy of a private server, which is started here and ends with it.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn replica(&self) -> anyhow::Result<String> {
+        ensure!(self.dir.is_some(), "only a private server has one");
+        self.script(&["replica", "start"])?;
+        let url = self.script(&["replica", "url"])?;
+        let (server, _) = url.rsplit_once('/').context("a URL with a database")?;
+        Ok(format!("{server}/{}", self.name))
+    }
+
     /// Starts a private server that was stopped or killed.
     ///
     /// # Errors
@@ -100,6 +112,15 @@ impl Postgres {
     /// It does not stop.
     pub fn stop(&self) -> anyhow::Result<()> {
         self.breaking("stop")
+    }
+
+    /// Stops a private server at once: it recovers when it starts again.
+    ///
+    /// # Errors
+    /// It does not stop.
+    pub fn stop_immediately(&self) -> anyhow::Result<()> {
+        ensure!(self.dir.is_some(), "only a private server may be broken");
+        self.script(&["stop", "--immediate"]).map(|_| ())
     }
 
     /// Kills a private server with SIGKILL.

@@ -8,6 +8,10 @@
 //!
 //! With TEST_ORDER=strict a key waits while its event fails, a second at most between two of a thousand attempts.
 //!
+//! With TEST_TRANSFERS set it moves money instead, inside the store's transaction: `transfer.#` with {"from": A, "to": B,
+//! "amount": N} changes two rows of `accounts` and adds one to `transfers`, which would show a second time as a second row.
+//! {"fail": true} fails for good between the two.
+//!
 //! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
 use std::io::Write;
 use std::process::ExitCode;
@@ -18,7 +22,7 @@ use warren_shared::env::Reader;
 use warren_shared::retry::Policy;
 use warren_shared::{Event, Limits, Value};
 use warren_tests::trace::now;
-use warren_worker::{Failure, Reply, Worker, shutdown};
+use warren_worker::{Context, Failure, Reply, Tx, Worker, shutdown};
 
 #[derive(serde::Deserialize, Default)]
 struct Wish {
@@ -48,19 +52,16 @@ fn main() -> ExitCode {
             if failed {
                 return Err(Failure::retry("not yet"));
             }
-            let entry = Event::new(uuid::Uuid::new_v4().to_string(), "/tests", "test.recorded")
-                .and_then(|entry| entry.with("partitionkey", Value::Text(event.key().into_owned())))
-                .and_then(|entry| {
-                    entry.with_json(
-                        format!("{{\"id\":\"{}\",\"sequence\":\"{sequence}\"}}", event.id()).as_bytes(),
-                        Limits::default(),
-                    )
-                });
-            Ok(Reply::done().emit(entry.map_err(Failure::dead)?))
+            recorded(&event, &sequence)
         }
     };
     let ran = process::run(Spare::One, async move {
-        let mut builder = Worker::builder(settings).handle("order.#", handle);
+        let mut builder = Worker::builder(settings);
+        builder = if std::env::var_os("TEST_TRANSFERS").is_some() {
+            builder.handle_tx("transfer.#", transfer)
+        } else {
+            builder.handle("order.#", handle)
+        };
         if std::env::var("TEST_ORDER").is_ok_and(|order| order == "strict") {
             let (backoff, max) = (Duration::from_millis(500), Duration::from_secs(1));
             builder = builder.strict().retry(Policy { attempts: 1000, backoff, max }).timeout(Duration::from_secs(1));
@@ -69,6 +70,40 @@ fn main() -> ExitCode {
         worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
     });
     ran.unwrap_or_else(|error| process::fail(&error))
+}
+
+#[derive(serde::Deserialize)]
+struct Transfer {
+    from: i32,
+    to: i32,
+    amount: i64,
+    #[serde(default)]
+    fail: bool,
+}
+
+async fn transfer(event: Event, tx: Tx, _: Context) -> Result<Reply, Failure> {
+    let Transfer { from, to, amount, fail } = event.json()?;
+    let change = "UPDATE accounts SET balance = balance + $1 WHERE id = $2";
+    tx.execute(change, &[&-amount, &from]).await?;
+    if fail {
+        return Err(Failure::dead("the other bank refuses"));
+    }
+    tx.execute(change, &[&amount, &to]).await?;
+    tx.execute("INSERT INTO transfers VALUES ($1)", &[&event.id()]).await?;
+    recorded(&event, "-")
+}
+
+/// Emits an event under an id of its own.
+fn recorded(event: &Event, sequence: &str) -> Result<Reply, Failure> {
+    let entry = Event::new(uuid::Uuid::new_v4().to_string(), "/tests", "test.recorded")
+        .and_then(|entry| entry.with("partitionkey", Value::Text(event.key().into_owned())))
+        .and_then(|entry| {
+            entry.with_json(
+                format!("{{\"id\":\"{}\",\"sequence\":\"{sequence}\"}}", event.id()).as_bytes(),
+                Limits::default(),
+            )
+        });
+    Ok(Reply::done().emit(entry.map_err(Failure::dead)?))
 }
 
 /// One write a line, so that a kill cuts none in two.

@@ -280,7 +280,13 @@ async fn dead(dead: Dead, command: DeadCommand) -> anyhow::Result<ExitCode> {
         eprintln!("say which: --reason, --type or --id, or --all for every dead letter");
         return Ok(ExitCode::from(exit::USAGE));
     }
-    let done = dead.treat(&which.filter(), treatment).await?;
+    let (done, forgotten) = dead.treat(&which.filter(), treatment).await?;
+    if forgotten > 0 {
+        eprintln!(
+            "{forgotten} of them died longer ago than WARREN_RETENTION: the store knows nothing of them any more, so where another \
+             copy was handled meanwhile, this one is handled as well"
+        );
+    }
     let verb = if treatment == Treatment::Replay { "replayed" } else { "dropped" };
     for (reason, n) in &done {
         eprintln!("{verb} {n} of reason {reason}");

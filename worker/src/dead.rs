@@ -144,19 +144,22 @@ impl Dead {
         Ok(())
     }
 
-    /// Replays or drops each letter that the filter takes, oldest first; returns how many, by reason.
+    /// Replays or drops each letter that the filter takes, oldest first; returns how many, by reason, and how many of those that
+    /// were replayed the store has forgotten.
     ///
     /// # Errors
     /// The broker cannot be reached or refuses a replay; what was done until then stays done.
-    pub async fn treat(&self, filter: &Filter, treatment: Treatment) -> anyhow::Result<BTreeMap<String, u64>> {
+    pub async fn treat(&self, filter: &Filter, treatment: Treatment) -> anyhow::Result<(BTreeMap<String, u64>, u64)> {
         // What dies again while this runs is for the next time.
-        let until = jiff::Timestamp::now().to_string();
+        let now = jiff::Timestamp::now();
+        let (until, window) = (now.to_string(), jiff::SignedDuration::try_from(self.settings.retention)?);
+        let remembered = now.checked_sub(window)?.to_string();
         let link = self.broker.connect_within("dead", self.settings.connect_timeout).await?;
         let publishing = self.broker.connect_within("replay", self.settings.connect_timeout).await?;
         let options = Options { timeout: self.settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(self.broker.clone(), publishing, options);
         let mut pile = Pile::open(&link, &self.topology.dead()).await?;
-        let (mut done, mut treated) = (BTreeMap::new(), HashSet::new());
+        let (mut done, mut forgotten, mut treated) = (BTreeMap::new(), 0, HashSet::new());
         let mut chunk = Vec::new();
         loop {
             let next = pile.next().await?.map(|(tag, message)| (tag, Letter::of(&message), message));
@@ -172,6 +175,8 @@ impl Dead {
                         None => pile.discard(tag),
                     }
                     treated.insert(letter.mark());
+                    let old = !letter.at.is_empty() && letter.at < remembered;
+                    forgotten += u64::from(old && treatment == Treatment::Replay);
                     *done.entry(letter.reason).or_default() += 1;
                 }
                 pile.flush().await?;
@@ -186,7 +191,7 @@ impl Dead {
         pile.close().await;
         self.sweep(&link, &treated).await?;
         link.close().await;
-        Ok(done)
+        Ok((done, forgotten))
     }
 
     /// Takes away what was treated and came back: a quorum queue forgets acks that are still on their way to it when

@@ -44,6 +44,7 @@ fn word(outcome: Outcome) -> String {
         Outcome::Retry { error, .. } => format!("retry: {error}"),
         Outcome::Dead { error } => format!("dead: {error}"),
         Outcome::Interrupted => "interrupted".into(),
+        Outcome::Recorded { .. } => "recorded".into(),
     }
 }
 

@@ -43,8 +43,9 @@ struct Running {
     transactions: Transactions,
 }
 
-/// Between two tries of a transaction, at most.
-const LONGEST: Duration = Duration::from_secs(2);
+/// Between two tries of a transaction: at first, as another one was in the way; and where the database is.
+const SHORTEST: Duration = Duration::from_millis(5);
+const LONGEST: Duration = Duration::from_millis(2_560);
 
 /// What of a call was not done.
 struct Undone(Outcome);
@@ -59,7 +60,7 @@ impl Handler for Running {
     fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
         let (function, transactions) = (self.function.clone(), self.transactions.clone());
         Box::pin(async move {
-            let mut pause = Duration::from_millis(5);
+            let mut pause = SHORTEST;
             loop {
                 let (event, context, timeout) = (call.event.clone(), call.context.clone(), call.context.timeout);
                 // The result stays beside the transaction, which knows only what it sends.
@@ -81,13 +82,16 @@ impl Handler for Running {
                     // Neither its fault nor an attempt: the whole of it runs again when the way is free.
                     Err(error) => {
                         metrics::count(names::STORE_ERRORS, 1);
-                        tracing::warn!(
-                            id = call.event.id(),
-                            r#type = call.event.kind(),
-                            %error,
-                            "event '{}' runs again: its transaction could not be ended",
-                            call.event.id()
-                        );
+                        // The first time, and every few seconds while it lasts.
+                        if pause == SHORTEST || pause == LONGEST {
+                            tracing::warn!(
+                                id = call.event.id(),
+                                r#type = call.event.kind(),
+                                %error,
+                                "event '{}' runs again: its transaction could not be ended",
+                                call.event.id()
+                            );
+                        }
                         tokio::time::sleep(pause.mul_f64(0.5 + chance())).await;
                         pause = (pause * 2).min(LONGEST);
                     }

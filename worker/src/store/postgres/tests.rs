@@ -84,3 +84,322 @@ fn candidate() -> Candidate {
 }
 
 exam!(candidate());
+
+fn effect(id: &str, outcome: Outcome, replayed: u32) -> Effect {
+    let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });
+    Effect { seen, outcome, started: None, partition: "p00".into(), out: vec![Message::default()] }
+}
+
+async fn commit(store: &Postgres, effects: Vec<Effect>) -> Vec<bool> {
+    let recorded = store.commit(Arc::new(effects)).await.expect("takes them");
+    recorded.iter().map(|recorded| matches!(recorded, Recorded::Fresh(..))).collect()
+}
+
+async fn knows(store: &Postgres, id: &str, replayed: u32) -> bool {
+    let asked = vec![Seen { identity: Identity::of("/tests", id), replayed }];
+    store.look(asked).await.expect("answers")[0].is_some()
+}
+
+/// Two phases on: what is recorded now lies in another period than what comes.
+async fn next_period(store: &Postgres) {
+    let phase = || store.0.periods().phase;
+    let from = phase();
+    while phase() < from + 2 {
+        store.prune(Duration::from_millis(1)).await.expect("answers");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eight_workers_make_the_schema_at_once() {
+    let pool = Arc::new(Pool::new());
+    let workers = (0..8).map(|n| {
+        let pool = pool.clone();
+        tokio::spawn(async move { pool.open(&n.to_string()).await.identity().to_owned() })
+    });
+    let identities: Vec<String> =
+        futures_util::future::join_all(workers).await.into_iter().map(|joined| joined.expect("no panic")).collect();
+    assert!(identities.iter().all(|identity| *identity == identities[0]), "{identities:?}");
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_used_as_long_as_it_only_adds() {
+    let pool = Pool::new();
+    let older = pool.open("a").await;
+    let add = "UPDATE {s}.meta SET value = '999' WHERE name = 'version'; ALTER TABLE {s}.starts ADD COLUMN later text";
+    pool.sql(add).await;
+    // Who runs goes on, and another of this version may start.
+    assert_eq!(commit(&older, vec![effect("1", Outcome::Done, 0)]).await, [true]);
+    let another = pool.open("b").await;
+    assert!(knows(&another, "1", 0).await);
+    another.start(vec![Identity::of("/tests", "2")]).await.expect("answers");
+    pool.sql("UPDATE {s}.meta SET value = '999' WHERE name = 'needs'").await;
+    match Postgres::open(&server(), &pool.0, "c", Duration::ZERO).await {
+        Err(StoreError::Newer { found: 999, known }) => assert_eq!(known, i64::from(schema::KNOWN)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn pools_share_a_database_and_nothing_else() {
+    let (ours, theirs) = (Pool::new(), Pool::new());
+    let (a, b) = (ours.open("a").await, theirs.open("a").await);
+    assert_ne!(a.identity(), b.identity());
+    assert_eq!(commit(&a, vec![effect("1", Outcome::Done, 0)]).await, [true]);
+    assert_eq!(commit(&b, vec![effect("1", Outcome::Done, 0)]).await, [true], "the same event is every pool's");
+    assert!(b.adopt(Left::Silent(Duration::ZERO)).await.expect("answers").is_empty());
+}
+
+#[test]
+fn names_of_schemas_are_short_and_different() {
+    let long = |end: char| format!("{}{end}", "p".repeat(63));
+    let names = ["a-b", "a", &long('x'), &long('y')].map(schema::name);
+    assert_eq!(names[..2], ["warren_a_b", "warren_a"]);
+    assert!(names[2] != names[3] && names.iter().all(|name| name.len() <= 63), "{names:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_workers_that_race_through_changing_periods_one_records_each_event() {
+    let pool = Arc::new(Pool::new());
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let turner = {
+        let (pool, stop) = (pool.clone(), stop.clone());
+        tokio::spawn(async move {
+            let store = pool.open("turner").await;
+            let mut turns = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let before = store.0.periods().phase;
+                periods_turn(&store).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                turns += store.0.periods().phase - before;
+            }
+            turns
+        })
+    };
+    // Each of them records all events, in batches of different sizes and from different ends.
+    let workers = (0..4_usize).map(|worker| {
+        let pool = pool.clone();
+        tokio::spawn(async move {
+            let store = pool.open(&worker.to_string()).await;
+            let mut ids: Vec<usize> = (0..1500).collect();
+            if worker % 2 == 1 {
+                ids.reverse();
+            }
+            let mut fresh = Vec::new();
+            for batch in ids.chunks(1 + worker * 5) {
+                let effects = batch.iter().map(|id| effect(&id.to_string(), Outcome::Done, 0)).collect();
+                let recorded = commit(&store, effects).await;
+                fresh.extend(batch.iter().zip(recorded).filter(|(_, fresh)| *fresh).map(|(id, _)| *id));
+            }
+            fresh
+        })
+    });
+    let mut fresh: Vec<usize> = Vec::new();
+    for worker in futures_util::future::join_all(workers).await {
+        fresh.extend(worker.expect("no panic"));
+    }
+    stop.store(true, Ordering::Relaxed);
+    let turns = turner.await.expect("no panic");
+    fresh.sort_unstable();
+    assert_eq!(fresh, (0..1500).collect::<Vec<_>>(), "each once");
+    assert!(turns >= 4, "the periods changed {turns} times");
+    assert_eq!(pool.number("SELECT count(*) FROM {s}.outbox").await, 1500, "and its effect once");
+}
+
+/// Goes on to the next phase, whatever the time; forgets nothing.
+async fn periods_turn(store: &Postgres) {
+    let lease = store.0.sessions.lease().await.expect("a connection");
+    let age = format!("UPDATE {}.phase SET since = since - interval '1 hour'", store.0.schema);
+    lease.batch_execute(&age).await.expect("done");
+    lease.keep();
+    store.prune(Duration::from_secs(3600)).await.expect("answers");
+}
+
+#[tokio::test]
+async fn a_period_goes_whole_with_its_deaths_and_no_other() {
+    let pool = Pool::new();
+    let (ours, theirs) = (pool.open("a").await, pool.open("b").await);
+    let named = |what: &str, outcome| (0..50).map(|n| effect(&format!("{what} {n}"), outcome, 0)).collect::<Vec<_>>();
+    commit(&ours, named("old", Outcome::Dead)).await;
+    next_period(&ours).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    commit(&theirs, named("young", Outcome::Dead)).await;
+    assert_eq!(pool.number("SELECT count(*) FROM {s}.periods").await, 2);
+    // Until it is told, the other one looks at tables that are gone.
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        ours.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
+    }
+    for store in [&ours, &theirs] {
+        assert!(!knows(store, "old 7", 0).await && knows(store, "young 7", 0).await);
+        assert!(!knows(store, "young 7", 1).await, "a replay of the dead is a new chance");
+    }
+    assert_eq!(pool.number("SELECT count(*) FROM {s}.dead").await, 50, "the deaths of what is known, and no others");
+    assert_eq!(commit(&theirs, named("old", Outcome::Done)).await, [true; 50], "what is forgotten is new");
+    assert!(knows(&ours, "old 7", 9).await, "a success is final");
+    let tables = "SELECT count(*) FROM pg_tables WHERE schemaname = '{s}' AND tablename LIKE 'inbox%'";
+    assert!(pool.number(tables).await <= 4);
+}
+
+#[tokio::test]
+async fn the_time_to_remember_a_replay_begins_anew() {
+    let pool = Pool::new();
+    let store = pool.open("a").await;
+    commit(&store, vec![effect("1", Outcome::Dead, 0)]).await;
+    next_period(&store).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    assert_eq!(commit(&store, vec![effect("1", Outcome::Done, 1)]).await, [true]);
+    // The period of its death goes.
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
+        assert!(knows(&store, "1", 0).await);
+    }
+    assert_eq!(pool.number("SELECT min(period) FROM {s}.periods").await, 1);
+}
+
+/// What the inbox must answer, in the simplest way: the outcome of each event, and up to which replay it is dead.
+#[derive(Default)]
+struct Model(HashMap<u16, Option<u32>>);
+
+impl Model {
+    fn knows(&self, id: u16, replayed: u32) -> bool {
+        self.0.get(&id).is_some_and(|death| death.is_none_or(|until| until >= replayed))
+    }
+
+    fn record(&mut self, id: u16, replayed: u32, outcome: Outcome) -> bool {
+        let fresh = !self.knows(id, replayed);
+        if fresh {
+            self.0.insert(id, (outcome == Outcome::Dead).then_some(replayed));
+        }
+        fresh
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(12))]
+    #[test]
+    fn two_workers_and_every_change_of_period_agree_with_the_simplest_inbox(
+        batches in proptest::collection::vec(
+            (0_usize..2, proptest::bool::ANY, proptest::collection::vec((0_u16..60, 0_u32..3, 0_u8..4), 1..20)), 1..25),
+    ) {
+        let (pool, runtime) = (Pool::new(), Runtime::new().expect("a runtime"));
+        let stores = runtime.block_on(async { [pool.open("a").await, pool.open("b").await] });
+        let mut model = Model::default();
+        for (who, turn, batch) in batches {
+            if turn {
+                runtime.block_on(periods_turn(&stores[0]));
+            }
+            let outcome = |dice: u8| if dice == 0 { Outcome::Dead } else { Outcome::Done };
+            let effects: Vec<Effect> =
+                batch.iter().map(|(id, replayed, dice)| effect(&id.to_string(), outcome(*dice), *replayed)).collect();
+            let known: Vec<bool> = batch.iter().map(|(id, replayed, _)| model.knows(*id, *replayed)).collect();
+            let seen = effects.iter().filter_map(|e| e.seen).collect();
+            let looked = runtime.block_on(async { stores[1 - who].look(seen).await });
+            let looked: Vec<bool> = looked.expect("answers").iter().map(Option::is_some).collect();
+            proptest::prop_assert_eq!(looked, known);
+            let fresh: Vec<bool> = batch.iter().map(|(id, r, dice)| model.record(*id, *r, outcome(*dice))).collect();
+            proptest::prop_assert_eq!(runtime.block_on(commit(&stores[who], effects)), fresh);
+        }
+    }
+}
+
+/// A handler's work in a transaction: what became of it, as text.
+async fn within<Fut>(store: &Postgres, id: &str, work: impl FnOnce(Tx) -> Fut) -> Result<String, StoreError>
+where
+    Fut: Future<Output = Result<Vec<Message>, String>>,
+{
+    let seen = Some(Seen { identity: Identity::of("/tests", id), replayed: 0 });
+    let entry = Entry { seen, started: None, partition: "p00".into() };
+    let transactions = store.transactions(4)?;
+    Ok(match transactions.run(&entry, Duration::from_secs(5), work).await? {
+        Ended::Recorded(Recorded::Fresh(_, rows), out) => format!("fresh {} {}", rows.len(), out.len()),
+        Ended::Recorded(Recorded::Superseded(_), _) => "superseded".into(),
+        Ended::Failed(why) => why,
+    })
+}
+
+#[tokio::test]
+async fn a_handler_s_statements_its_event_and_what_it_sends_are_one() {
+    let pool = Pool::new();
+    let store = pool.open("a").await;
+    pool.sql("CREATE TABLE {s}.money (n bigint PRIMARY KEY)").await;
+    let insert = format!("INSERT INTO {}.money VALUES ($1)", store.0.schema);
+    let rows = async || pool.number("SELECT count(*) * 100 + (SELECT count(*) FROM {s}.outbox) FROM {s}.money").await;
+
+    let good = within(&store, "1", async |tx| {
+        tx.execute(&insert, &[&1_i64]).await.map_err(|error| error.to_string())?;
+        Ok(vec![Message::default()])
+    });
+    assert_eq!((good.await.expect("done").as_str(), rows().await), ("fresh 1 1", 101));
+    let again = within(&store, "1", async |_| panic!("it is known"));
+    assert_eq!(again.await.expect("done"), "superseded");
+
+    let failed = within(&store, "2", async |tx| {
+        tx.execute(&insert, &[&2_i64]).await.map_err(|error| error.to_string())?;
+        Err("no".into())
+    });
+    assert_eq!((failed.await.expect("done").as_str(), rows().await), ("no", 101));
+    assert!(!knows(&store, "2", 0).await);
+
+    // What it does not notice, or does not want to.
+    let swallowed = within(&store, "3", async |tx| {
+        assert!(tx.execute(&insert, &[&1_i64]).await.is_err_and(|error| error.code().is_some()));
+        Ok(vec![Message::default()])
+    });
+    assert!(swallowed.await.expect("done").contains("a statement of its transaction had failed"));
+    for ended in ["COMMIT", "ROLLBACK", "COMMIT; BEGIN"] {
+        let own = within(&store, "4", async |tx| {
+            tx.execute(&insert, &[&4_i64]).await.ok();
+            for statement in ended.split("; ") {
+                tx.query_typed(statement, &[]).await.map_err(|error| error.to_string())?;
+            }
+            Ok(vec![Message::default()])
+        });
+        let said = own.await.expect("done");
+        assert!(said.contains("not its own") || said == "superseded", "{ended}: {said}");
+        if ended == "ROLLBACK" {
+            assert!(!said.is_empty());
+        }
+    }
+    assert_eq!(pool.number("SELECT count(*) FROM {s}.outbox").await, 1, "nothing is sent outside the transaction");
+}
+
+#[tokio::test]
+async fn a_transaction_that_is_kept_beyond_its_call_does_nothing() {
+    let pool = Pool::new();
+    let store = pool.open("a").await;
+    let (keep, kept) = tokio::sync::oneshot::channel();
+    let done = within(&store, "1", async |tx| {
+        keep.send(tx).map_err(|_| "gone".to_owned())?;
+        Ok(Vec::new())
+    });
+    assert_eq!(done.await.expect("done"), "fresh 0 0");
+    let tx: Tx = kept.await.expect("kept");
+    assert!(matches!(tx.query_typed("SELECT 1", &[]).await, Err(TxError::Ended)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_two_transactions_with_one_event_the_second_waits_and_finds_it_done() {
+    let pool = Arc::new(Pool::new());
+    let runs = Arc::new(AtomicU32::new(0));
+    let workers = (0..4).map(|worker| {
+        let (pool, runs) = (pool.clone(), runs.clone());
+        tokio::spawn(async move {
+            let store = pool.open(&worker.to_string()).await;
+            let mut fresh = 0;
+            for id in 0..40 {
+                let work = async |tx: Tx| {
+                    runs.fetch_add(1, Ordering::Relaxed);
+                    tx.query_typed("SELECT pg_sleep(0.002)", &[]).await.map_err(|error| error.to_string())?;
+                    Ok(vec![Message::default()])
+                };
+                fresh += u32::from(within(&store, &id.to_string(), work).await.expect("done") == "fresh 1 1");
+            }
+            fresh
+        })
+    });
+    let fresh: u32 = futures_util::future::join_all(workers).await.into_iter().map(|f| f.expect("no panic")).sum();
+    assert_eq!((fresh, runs.load(Ordering::Relaxed)), (40, 40), "no second one even began");
+}
