@@ -1,4 +1,6 @@
 //! `make demo`: the main job on a real broker, with kills, and an account of every event.
+mod bank;
+
 use anyhow::{Context, ensure};
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use serde_json::{Value, json};
@@ -26,7 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(100);
 fn main() -> anyhow::Result<()> {
     tokio::runtime::Runtime::new()?.block_on(async {
         let demo = Demo::new()?;
-        let kept = demo.run().await;
+        let mut kept = demo.run().await;
+        if let (Ok(()), Some(url)) = (&kept, &demo.database) {
+            kept = bank::run(&demo, url).await;
+        }
         // Whatever happened, the broker is left as it was found.
         if let Err(error) = demo.clean().await {
             eprintln!("the demo's queues could not be removed: {error:#}");
@@ -35,17 +40,20 @@ fn main() -> anyhow::Result<()> {
     })
 }
 
-struct Demo {
+pub(crate) struct Demo {
     url: String,
+    /// Where the store is PostgreSQL.
+    database: Option<String>,
     pool: String,
-    dir: PathBuf,
-    environment: Vec<(String, String)>,
+    pub(crate) dir: PathBuf,
+    pub(crate) environment: Vec<(String, String)>,
     started: Instant,
 }
 
 impl Demo {
     fn new() -> anyhow::Result<Self> {
         let url = std::env::var("AMQP_URL").context("scripts/demo sets AMQP_URL")?;
+        let database = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"));
         let pool = format!("demo-{}", std::process::id());
         let dir = scratch().join("demo");
         std::fs::remove_dir_all(&dir).ok();
@@ -58,17 +66,20 @@ impl Demo {
         );
         let environment = [
             ("AMQP_URL", url.clone()),
-            ("DATABASE_URL", format!("sqlite://{}", dir.join("warren.db").display())),
+            (
+                "DATABASE_URL",
+                database.clone().unwrap_or_else(|| format!("sqlite://{}", dir.join("warren.db").display())),
+            ),
             ("WARREN_POOL", pool.clone()),
             ("WARREN_PARTITIONS", "4".into()),
             ("WARREN_ROUTES", routes),
             ("WARREN_SUBSCRIBE", "unheard.of".into()),
         ];
         let environment = environment.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Ok(Self { url, pool, dir, environment, started: Instant::now() })
+        Ok(Self { url, database, pool, dir, environment, started: Instant::now() })
     }
 
-    fn say(&self, what: &str) {
+    pub(crate) fn say(&self, what: &str) {
         println!("{:5.1} s  {what}", self.started.elapsed().as_secs_f64());
     }
 
@@ -159,7 +170,7 @@ impl Demo {
 
     /// Waits until so many are dead, then lists their letters. After a crash there may be two of one event: what was
     /// committed is sent at least once.
-    async fn settle(&self, expected: usize) -> anyhow::Result<Vec<Value>> {
+    pub(crate) async fn settle(&self, expected: usize) -> anyhow::Result<Vec<Value>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut list = command("warren-worker", &self.environment);
@@ -239,6 +250,12 @@ impl Demo {
     }
 
     async fn clean(&self) -> anyhow::Result<()> {
+        if let Some(url) = &self.database {
+            let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+            tokio::spawn(connection);
+            let schema = format!("warren_{}", self.pool.replace('-', "_"));
+            client.batch_execute(&format!("DROP SCHEMA IF EXISTS {schema} CASCADE")).await?;
+        }
         let connection = lapin::Connection::connect(&self.url, lapin::ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
         let sink = format!("sink.{}", self.pool);

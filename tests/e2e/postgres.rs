@@ -68,7 +68,8 @@ fn transfer(n: usize) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn money_moves_once_through_a_hundred_kills_on_an_own_database() -> anyhow::Result<()> {
     let postgres = Postgres::private("money")?;
-    let lab = lab("pg-money", postgres, &[("TEST_TRANSFERS", "1"), ("WARREN_CRASH_LIMIT", "100")]).await?;
+    let lab =
+        lab("pg-money", postgres, &[("TEST_TRANSFERS", "accounts,transfers"), ("WARREN_CRASH_LIMIT", "100")]).await?;
     Bank::open(&lab).await?;
     let mut fleet = Fleet::default();
     fleet.scale(&lab, 3).await?;
@@ -117,7 +118,7 @@ async fn money_moves_once_through_a_hundred_kills_on_an_own_database() -> anyhow
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_workers_with_the_same_event_at_the_same_time_apply_it_once() -> anyhow::Result<()> {
-    let more = [("TEST_TRANSFERS", "1"), ("WARREN_ORDER", "none"), ("WARREN_PREFETCH", "1")];
+    let more = [("TEST_TRANSFERS", "accounts,transfers"), ("WARREN_ORDER", "none"), ("WARREN_PREFETCH", "1")];
     let lab = lab("pg-same", Postgres::shared("pg-same")?, &more).await?;
     Bank::open(&lab).await?;
     let transfers: Vec<Value> = (0..600).map(transfer).flat_map(|event| [event.clone(), event]).collect();
@@ -273,7 +274,7 @@ async fn commits_whose_answers_are_lost_are_resolved() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn transfers_whose_commits_answers_are_lost_are_applied_once() -> anyhow::Result<()> {
-    let mut lab = lab("pg-cut-tx", Postgres::shared("pg-cut-tx")?, &[("TEST_TRANSFERS", "1")]).await?;
+    let mut lab = lab("pg-cut-tx", Postgres::shared("pg-cut-tx")?, &[("TEST_TRANSFERS", "accounts,transfers")]).await?;
     Bank::open(&lab).await?;
     let url = lab.postgres.as_ref().context("a database")?.url().to_owned();
     lab.set("DATABASE_URL", &cutting_proxy(&url, 10).await?);

@@ -8,8 +8,9 @@
 //!
 //! With TEST_ORDER=strict a key waits while its event fails, a second at most between two of a thousand attempts.
 //!
-//! With TEST_TRANSFERS set it moves money instead, inside the store's transaction: `transfer.#` with {"from": A, "to": B,
-//! "amount": N} changes two rows of `accounts` and adds one to `transfers`, which would show a second time as a second row.
+//! With TEST_TRANSFERS=accounts,transfers it moves money instead, inside the store's transaction: `transfer.#` with {"from": A,
+//! "to": B, "amount": N} changes two rows of the first table and adds one to the second, which would show a second time as a
+//! second row.
 //! {"fail": true} fails for good between the two.
 //!
 //! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
@@ -22,7 +23,7 @@ use warren_shared::env::Reader;
 use warren_shared::retry::Policy;
 use warren_shared::{Event, Limits, Value};
 use warren_tests::trace::now;
-use warren_worker::{Context, Failure, Reply, Tx, Worker, shutdown};
+use warren_worker::{Failure, Reply, Tx, Worker, shutdown};
 
 #[derive(serde::Deserialize, Default)]
 struct Wish {
@@ -57,10 +58,13 @@ fn main() -> ExitCode {
     };
     let ran = process::run(Spare::One, async move {
         let mut builder = Worker::builder(settings);
-        builder = if std::env::var_os("TEST_TRANSFERS").is_some() {
-            builder.handle_tx("transfer.#", transfer)
-        } else {
-            builder.handle("order.#", handle)
+        builder = match std::env::var("TEST_TRANSFERS").ok().as_deref().and_then(|tables| tables.split_once(',')) {
+            Some((accounts, transfers)) => {
+                let change = format!("UPDATE {accounts} SET balance = balance + $1 WHERE id = $2");
+                let tables: Tables = Arc::new((change, format!("INSERT INTO {transfers} VALUES ($1)")));
+                builder.handle_tx("transfer.#", move |event, tx, _| transfer(event, tx, tables.clone()))
+            }
+            None => builder.handle("order.#", handle),
         };
         if std::env::var("TEST_ORDER").is_ok_and(|order| order == "strict") {
             let (backoff, max) = (Duration::from_millis(500), Duration::from_secs(1));
@@ -81,15 +85,18 @@ struct Transfer {
     fail: bool,
 }
 
-async fn transfer(event: Event, tx: Tx, _: Context) -> Result<Reply, Failure> {
+/// The statement that changes an account, and the one that notes a transfer.
+type Tables = Arc<(String, String)>;
+
+async fn transfer(event: Event, tx: Tx, tables: Tables) -> Result<Reply, Failure> {
     let Transfer { from, to, amount, fail } = event.json()?;
-    let change = "UPDATE accounts SET balance = balance + $1 WHERE id = $2";
+    let (change, note) = &*tables;
     tx.execute(change, &[&-amount, &from]).await?;
     if fail {
         return Err(Failure::dead("the other bank refuses"));
     }
     tx.execute(change, &[&amount, &to]).await?;
-    tx.execute("INSERT INTO transfers VALUES ($1)", &[&event.id()]).await?;
+    tx.execute(note, &[&event.id()]).await?;
     recorded(&event, "-")
 }
 
