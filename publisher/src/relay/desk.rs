@@ -68,6 +68,13 @@ impl RelayError {
     }
 }
 
+/// Whose rows are taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Keys<'a> {
+    AllBut(&'a [String]),
+    Only(&'a [String]),
+}
+
 /// What is not published.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Left {
@@ -90,7 +97,7 @@ impl Desk {
         let (client, connection) = postgres.connect().await?;
         drive(connection);
         let desk = Self { client, postgres: postgres.clone(), table: table.clone(), limits };
-        desk.look(&[], 0).await?;
+        desk.look(Keys::AllBut(&[]), 0).await?;
         // PostgreSQL 14 and newer: a relay that is frozen holds the lock no longer than this.
         let release = "SELECT set_config('idle_session_timeout', $1, false) \
                        WHERE current_setting('server_version_num')::int >= 140000";
@@ -128,12 +135,17 @@ impl Desk {
         rows.first().map_or(Ok(false), |row| row.try_get(0)).map_err(|error| self.explain(&error))
     }
 
-    /// The first rows that wait, in order; not those of keys that are held.
-    pub(super) async fn take(&self, held: &[String]) -> Result<Vec<Row>, RelayError> {
-        self.look(held, ROWS).await
+    /// The first rows that wait, in order.
+    pub(super) async fn take(&self, of: Keys<'_>) -> Result<Vec<Row>, RelayError> {
+        self.look(of, ROWS).await
     }
 
-    async fn look(&self, held: &[String], most: i64) -> Result<Vec<Row>, RelayError> {
+    async fn look(&self, of: Keys<'_>, most: i64) -> Result<Vec<Row>, RelayError> {
+        // A sub-select, as PostgreSQL hashes it: a list it would compare with one by one.
+        let (is_in, keys) = match of {
+            Keys::AllBut(keys) => ("NOT IN", keys),
+            Keys::Only(keys) => ("IN", keys),
+        };
         let limit = i32::try_from(self.limits.body).unwrap_or(i32::MAX);
         let sql = format!(
             "SELECT id, event_id, source, type, key, lane, subject, \
@@ -143,14 +155,14 @@ impl Desk {
              FROM (SELECT *, sum(weight) OVER (ORDER BY id) - weight AS before FROM ( \
                SELECT *, coalesce(octet_length(data_bytes), pg_column_size(data), 0) \
                  + coalesce(pg_column_size(extensions), 0) AS weight FROM {} \
-               WHERE sent_at IS NULL AND error IS NULL AND NOT coalesce(key, subject, event_id) = ANY($2) \
+               WHERE sent_at IS NULL AND error IS NULL AND coalesce(key, subject, event_id) {is_in} (SELECT unnest($2)) \
                ORDER BY id LIMIT $3) AS waiting) AS weighed, \
              LATERAL (SELECT coalesce(octet_length(data_bytes), octet_length(data::text), 0)) AS whole(size) \
              WHERE before < $4 ORDER BY id",
             self.table
         );
         let rows = self
-            .query(&sql, &[(&limit, Type::INT4), (&held, Type::TEXT_ARRAY), (&most, Type::INT8), (&BYTES, Type::INT8)])
+            .query(&sql, &[(&limit, Type::INT4), (&keys, Type::TEXT_ARRAY), (&most, Type::INT8), (&BYTES, Type::INT8)])
             .await?;
         rows.iter().map(|row| Row::read(row, self.limits).map_err(|error| self.explain(&error))).collect()
     }

@@ -28,9 +28,14 @@ impl Holds {
         self.0.remove(key);
     }
 
-    /// Keys that are not to be tried now.
-    pub(super) fn keys(&self, now: Instant) -> Vec<String> {
-        self.0.iter().filter(|(_, hold)| hold.until > now).map(|(key, _)| key.clone()).collect()
+    /// All keys that are held.
+    pub(super) fn keys(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+
+    /// Those of them that may be tried again.
+    pub(super) fn due(&self, now: Instant) -> Vec<String> {
+        self.0.iter().filter(|(_, hold)| hold.until <= now).map(|(key, _)| key.clone()).collect()
     }
 
     /// When the first key may be tried again.
@@ -54,8 +59,8 @@ mod tests {
             holds.hold("k", now);
             assert_eq!(holds.next(), Some(now + Duration::from_millis(millis)));
         }
-        assert_eq!(holds.keys(now), ["k"]);
-        assert!(holds.keys(now + PAUSES[1]).is_empty());
+        assert_eq!((holds.keys().len(), holds.due(now).len()), (1, 0));
+        assert_eq!(holds.due(now + PAUSES[1]), ["k"]);
         holds.release("k");
         assert!(holds.is_empty());
     }

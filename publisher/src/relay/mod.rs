@@ -16,8 +16,9 @@ use crate::postgres::Postgres;
 use crate::publish::{Health, Options, Publisher};
 use anyhow::Context;
 pub use desk::RelayError;
-use desk::{Desk, Left};
+use desk::{Desk, Keys, Left};
 use hold::Holds;
+use row::Row;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -60,6 +61,8 @@ pub struct Account {
 
 /// How often a relay looks by itself: for rows if it publishes, for the lock if it stands by.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long the broker is left alone where it took nothing of a whole turn.
+const LULL: Duration = Duration::from_millis(50);
 /// The pauses between two connections.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
@@ -201,20 +204,20 @@ impl Relay {
             }
         }
         tracing::info!(table = %self.order.table, at = self.postgres.at(), "this relay publishes");
-        let (mut progressed, mut barren, mut swept) = (Instant::now(), 0_u32, None::<Instant>);
+        let (mut progressed, mut swept) = (Instant::now(), None::<Instant>);
         while !self.is_stopped() {
-            let rows = desk.take(&self.holds.keys(Instant::now())).await?;
+            let rows = self.take(desk).await?;
             let nothing = rows.is_empty();
             if !nothing {
                 let before = self.account.published + self.account.refused;
                 let ended = Waves::new(self, desk).publish(rows).await?;
                 if self.account.published + self.account.refused > before {
-                    (progressed, barren) = (Instant::now(), 0);
+                    progressed = Instant::now();
                 } else {
-                    barren = (barren + 1).min(5);
+                    self.rest(LULL).await;
                 }
-                if ended.is_paused() || barren > 0 {
-                    self.rest(Duration::from_millis(100 * (1 << barren))).await;
+                if ended.is_paused() {
+                    self.rest(LOOK).await;
                 }
             }
             if is_ending && (nothing && self.holds.is_empty() || progressed.elapsed() > self.patience) {
@@ -229,6 +232,22 @@ impl Relay {
             }
         }
         if is_ending { desk.left().await.map(Some) } else { Ok(None) }
+    }
+
+    /// Rows of keys that are not held, and of those that may be tried again. Each key comes from one of the two, so it is in
+    /// order; and however many keys are held, the others do not stand behind them.
+    async fn take(&mut self, desk: &Desk) -> Result<Vec<Row>, RelayError> {
+        let due = self.holds.due(Instant::now());
+        let mut rows = desk.take(Keys::AllBut(&self.holds.keys())).await?;
+        if !due.is_empty() {
+            let again = desk.take(Keys::Only(&due)).await?;
+            if again.is_empty() {
+                // Somebody deleted them.
+                due.iter().for_each(|key| self.holds.release(key));
+            }
+            rows.extend(again);
+        }
+        Ok(rows)
     }
 
     fn is_stopped(&self) -> bool {
