@@ -28,4 +28,5 @@ fmt:
 
 clean:
 	-scripts/rabbitmq stop
+	-scripts/postgres stop
 	cargo clean

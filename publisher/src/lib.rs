@@ -7,9 +7,11 @@ pub mod broker;
 pub mod codec;
 pub mod declare;
 pub mod lines;
+pub mod outbox;
 pub mod postgres;
 pub mod process;
 pub mod publish;
+pub mod relay;
 pub mod send;
 mod sieve;
 

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use warren_publisher::lines::Reading;
+use warren_publisher::outbox::Table;
+use warren_publisher::postgres::Postgres;
 use warren_publisher::process::{self, Spare, exit};
+use warren_publisher::relay::{self, Until};
 use warren_publisher::send::{self, Order};
 use warren_publisher::{Broker, declare};
-use warren_shared::env::{Reader, Settings, help};
+use warren_shared::env::{Database, Reader, Settings, duration, help};
 use warren_shared::topology::{BUS, Topology};
 
 /// Puts events on the bus and proves that the broker has them.
@@ -24,6 +27,8 @@ enum Command {
     Send(Box<Send>),
     /// Declare the bus (the topic exchange 'warren.events')
     Declare,
+    /// Publish what other systems commit to their outbox, a table in PostgreSQL
+    Relay(Relay),
 }
 
 #[derive(clap::Args)]
@@ -61,12 +66,48 @@ struct Send {
     rejects: Option<PathBuf>,
 }
 
+#[derive(clap::Args)]
+#[command(
+    after_help = "DATABASE_URL names the database (or DATABASE_URL_FILE): postgres://user:password@host:5432/database.\n\
+    A row is marked as sent once the broker has confirmed it; a row that can never be published gets its\n\
+    reason in the column 'error'. Any number of relays may run: one publishes, the others stand by.\n\
+    SIGTERM ends it after the rows on their way (exit 0), a second one at once.\n\
+    --once ends when nothing waits; the last line on stdout is {\"published\":N,\"refused\":N,\"seconds\":S}, and\n\
+    it exits 0 only when no row is left, be it for an error or for a broker that does not take it.\n\
+    docs/outbox.md has the table and the fine print."
+)]
+struct Relay {
+    /// The table: name or schema.name, unquoted
+    #[arg(long, default_value_t = Table::default(), value_parser = Table::parse)]
+    table: Table,
+    /// How long sent rows are kept before they are deleted
+    #[arg(long, default_value = "1h", value_parser = duration, value_name = "TIME")]
+    keep: std::time::Duration,
+    /// Publish what is there, and end
+    #[arg(long, conflicts_with_all = ["ddl", "apply"])]
+    once: bool,
+    /// Print the SQL that makes the table, and end
+    #[arg(long, conflicts_with = "apply")]
+    ddl: bool,
+    /// Make the table where it is missing, and end
+    #[arg(long)]
+    apply: bool,
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return process::usage(&error),
     };
-    let settings = match process::settings(Reader::Both) {
+    // Before anything is read: it says what to do on another machine.
+    if let Command::Relay(Relay { ddl: true, table, .. }) = &cli.command {
+        return match process::print(table.ddl().trim_end()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => process::fail(&error.into()),
+        };
+    }
+    let also: &[&str] = if matches!(cli.command, Command::Relay(_)) { &["DATABASE_URL"] } else { &[] };
+    let settings = match process::settings_and(Reader::Both, also) {
         Ok(settings) => settings,
         Err(code) => return code,
     };
@@ -74,6 +115,7 @@ fn main() -> ExitCode {
         match cli.command {
             Command::Send(send) => account(&settings, *send).await,
             Command::Declare => declare_bus(&settings).await,
+            Command::Relay(relay) => run_relay(&settings, relay).await,
         }
     }) {
         Ok(code) => code,
@@ -89,6 +131,40 @@ async fn declare_bus(settings: &Settings) -> anyhow::Result<ExitCode> {
     declared?;
     eprintln!("the exchange '{BUS}' is there");
     Ok(ExitCode::SUCCESS)
+}
+
+async fn run_relay(settings: &Settings, arguments: Relay) -> anyhow::Result<ExitCode> {
+    let url = match &settings.database {
+        Database::Postgres(url) => Postgres::parse(url),
+        Database::Sqlite(_) => Err("names SQLite or nothing; the relay reads PostgreSQL: \
+            postgres://user:password@host:5432/database"
+            .into()),
+    };
+    let postgres = match url {
+        Ok(postgres) => postgres,
+        Err(problem) => {
+            eprintln!("DATABASE_URL: {problem}");
+            return Ok(ExitCode::from(exit::USAGE));
+        }
+    };
+    let Relay { table, keep, once, apply, .. } = arguments;
+    if apply {
+        let made = relay::make(&postgres, &table, settings.connect_timeout).await?;
+        let state = if made { "is made" } else { "was there already, and is left as it is" };
+        eprintln!("the table {table} in {} {state}", postgres.at());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let until = if once { Until::Empty } else { Until::Stopped };
+    let started = Instant::now();
+    let account = relay::relay(settings, &postgres, relay::Order { table, keep, until }).await?;
+    let seconds = (started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+    let (published, refused) = (account.published, account.refused);
+    process::print(&serde_json::json!({"published": published, "refused": refused, "seconds": seconds}).to_string())?;
+    if let Some(left @ 1..) = account.left {
+        eprintln!("left in the table: {}", process::count(left as usize, "row"));
+    }
+    let done = until == Until::Stopped || account.left == Some(0);
+    Ok(if done { ExitCode::SUCCESS } else { ExitCode::from(exit::FAILED) })
 }
 
 async fn account(settings: &Settings, send: Send) -> anyhow::Result<ExitCode> {

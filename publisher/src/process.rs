@@ -50,8 +50,16 @@ fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
 /// # Errors
 /// The exit code for a wrong configuration.
 pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
+    settings_and(reader, &[])
+}
+
+/// The same for a command that also reads these variables of the worker's.
+///
+/// # Errors
+/// The exit code for a wrong configuration.
+pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode> {
     let read = environment().and_then(|mut map| {
-        keep_own(&mut map, reader);
+        keep_own(&mut map, reader, also);
         let settings = Settings::read(&map)?;
         match &settings.database {
             Database::Postgres(url) => {
@@ -81,8 +89,9 @@ pub fn settings(reader: Reader) -> Result<Settings, ExitCode> {
 }
 
 /// A publisher does not fail over a variable that only the worker reads.
-fn keep_own(map: &mut BTreeMap<String, String>, reader: Reader) {
-    let workers = |name: &str| VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker);
+fn keep_own(map: &mut BTreeMap<String, String>, reader: Reader, also: &[&str]) {
+    let workers =
+        |name: &str| !also.contains(&name) && VARIABLES.iter().any(|v| v.name == name && v.of == Reader::Worker);
     map.retain(|name, _| reader == Reader::Worker || !workers(name));
 }
 
@@ -127,9 +136,10 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
 fn code(error: &anyhow::Error) -> u8 {
     use crate::broker::BrokerError;
     use crate::declare::DeclareError;
+    use crate::relay::RelayError;
     if matches!(error.downcast_ref::<BrokerError>(), Some(BrokerError::Url(_))) {
         exit::USAGE
-    } else if error.is::<BrokerError>() {
+    } else if error.is::<BrokerError>() || error.is::<RelayError>() {
         exit::UNAVAILABLE
     } else if let Some(declare) = error.downcast_ref::<DeclareError>() {
         match declare {
@@ -147,6 +157,33 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     // The terminal may be gone; there is nobody to tell then.
     let _ = error.print();
     if error.use_stderr() { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS }
+}
+
+/// Turns true at the first interrupt or SIGTERM; the second ends the process.
+#[must_use]
+pub fn interrupted() -> tokio::sync::watch::Receiver<bool> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (tell, stop) = tokio::sync::watch::channel(false);
+    // Before anything else is done: without them a signal ends the process wherever it is.
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    tokio::spawn(async move {
+        let (Ok(mut term), Ok(mut int)) = signals else {
+            // A channel that is closed would look like one that has told.
+            return std::mem::forget(tell);
+        };
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+        }
+        tell.send_replace(true);
+        // The second one does not wait for answers.
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+        }
+        std::process::exit(i32::from(exit::FAILED));
+    });
+    stop
 }
 
 /// Prints a line of data to stdout.
@@ -189,12 +226,14 @@ mod tests {
 
     #[test]
     fn a_publisher_does_not_fail_over_what_only_the_worker_reads() {
-        let read = |reader, name: &str| {
+        let read_and = |reader, name: &str, also: &[&str]| {
             let mut map = BTreeMap::from([(name.to_owned(), "wrong".to_owned())]);
-            keep_own(&mut map, reader);
+            keep_own(&mut map, reader, also);
             Settings::read(&map).is_ok()
         };
+        let read = |reader, name: &str| read_and(reader, name, &[]);
         assert!(read(Reader::Both, "WARREN_LANES") && !read(Reader::Worker, "WARREN_LANES"));
         assert!(!read(Reader::Both, "WARREN_PUBLISH_TIMEOUT"));
+        assert!(read(Reader::Both, "DATABASE_URL") && !read_and(Reader::Both, "DATABASE_URL", &["DATABASE_URL"]));
     }
 }

@@ -115,7 +115,7 @@ pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> 
     let screen = Screen::new(size);
     tokio::spawn(report(publisher.health(), screen.bar.clone()));
 
-    let stop = interrupted();
+    let stop = crate::process::interrupted();
     let (feed, items) = mpsc::channel(8);
     let feeder = Feeder { publisher, order: order.clone(), settings: settings.clone(), feed, stop: stop.clone() };
     // Reading a terminal or a pipe blocks a thread of its own; the process does not wait for it at the end.
@@ -126,27 +126,6 @@ pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> 
     std::thread::spawn(move || read_lines(input, limit, &lines, &runtime));
     tokio::spawn(feeder.run(read));
     Collector { account: Account::default(), rejects, screen, shown: 0 }.run(items, stop).await
-}
-
-/// Turns true at the first interrupt or SIGTERM.
-fn interrupted() -> tokio::sync::watch::Receiver<bool> {
-    let (tell, stop) = tokio::sync::watch::channel(false);
-    tokio::spawn(async move {
-        use tokio::signal::unix::{SignalKind, signal};
-        let Ok(mut term) = signal(SignalKind::terminate()) else { return };
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = term.recv() => {}
-        }
-        tell.send_replace(true);
-        // The second one does not wait for answers.
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = term.recv() => {}
-        }
-        std::process::exit(i32::from(crate::process::exit::FAILED));
-    });
-    stop
 }
 
 /// Hands on what one read of the input brought, in chunks: a line that comes alone waits for no other.

@@ -358,6 +358,17 @@ impl Event {
         self.0.content_type.as_deref()
     }
 
+    /// `dataschema`.
+    #[must_use]
+    pub fn schema(&self) -> Option<&str> {
+        self.0.schema.as_deref()
+    }
+
+    /// All extension attributes, by name.
+    pub fn extensions(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.0.extensions.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
     /// An extension attribute.
     #[must_use]
     pub fn extension(&self, name: &str) -> Option<&Value> {

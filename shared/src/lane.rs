@@ -23,6 +23,13 @@ pub fn for_priority(priority: i64) -> &'static str {
     }
 }
 
+/// Whether a lane can be called so.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    !name.is_empty() && name.len() <= 32 && name.chars().all(legal)
+}
+
 /// The lanes of a pool, in order of urgency.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lanes(Vec<Lane>);
@@ -36,8 +43,7 @@ impl Lanes {
         let mut lanes: Vec<Lane> = Vec::new();
         for part in text.split(',').map(str::trim) {
             let (name, weight) = part.split_once(':').ok_or_else(|| format!("'{part}' is not name:weight"))?;
-            let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            if name.is_empty() || name.len() > 32 || !name.chars().all(legal) {
+            if !is_name(name) {
                 return Err(format!("'{name}' is not a name of a-z, 0-9 and -"));
             }
             // These words stand where a lane's name stands in the names of other queues.

@@ -256,6 +256,18 @@ impl Message {
 }
 
 impl Event {
+    /// The same event with this body for its data, read as its content type says. Set that one first.
+    ///
+    /// # Errors
+    /// The body is too large, or not what the content type says.
+    pub fn with_body(mut self, body: &[u8], limits: Limits) -> Result<Self, Unreadable> {
+        if body.len() > limits.body {
+            return Err(Unreadable::TooLarge { size: body.len(), limit: limits.body });
+        }
+        self.set_body(body, limits)?;
+        Ok(self)
+    }
+
     /// Takes a body for its data, by its content type. Without one, what starts like a JSON object, list or string must
     /// be JSON; other text is called so, because no content type means JSON to readers of the structured form.
     pub(crate) fn set_body(&mut self, body: &[u8], limits: Limits) -> Result<(), Unreadable> {

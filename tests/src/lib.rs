@@ -9,6 +9,7 @@ pub mod foreign;
 pub mod frames;
 pub mod lab;
 pub mod ledger;
+pub mod outbox;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

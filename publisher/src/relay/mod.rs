@@ -1,0 +1,287 @@
+//! `relay`: from an upstream system's outbox table onto the bus, with confirms, in order per key.
+//!
+//! Rows are published in waves in which each key stands once, and a row goes out only when the one before it of its key
+//! is confirmed or marked. So whoever publishes, and however often, the first copies of a key's events are in order: the
+//! lock that lets one relay publish at a time only saves repeats.
+mod desk;
+mod hold;
+mod row;
+mod wake;
+mod wave;
+
+use crate::broker::Broker;
+use crate::declare;
+use crate::outbox::Table;
+use crate::postgres::Postgres;
+use crate::publish::{Health, Options, Publisher};
+use anyhow::Context;
+pub use desk::RelayError;
+use desk::{Desk, Keys, Left};
+use hold::Holds;
+use row::Row;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use warren_shared::env::Settings;
+use warren_shared::event::Limits;
+use warren_shared::topology::Topology;
+use wave::Waves;
+
+/// What to relay and how.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The table.
+    pub table: Table,
+    /// How long sent rows are kept.
+    pub keep: Duration,
+    /// Whether to end.
+    pub until: Until,
+}
+
+/// When a relay ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// When it is told to.
+    Stopped,
+    /// When nothing waits.
+    Empty,
+}
+
+/// What a relay did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Account {
+    /// Rows that the broker confirmed, repeats included.
+    pub published: u64,
+    /// Rows that got an error.
+    pub refused: u64,
+    /// Rows that are there at the end and not published, whatever the reason; none where nobody looked.
+    pub left: Option<u64>,
+}
+
+/// How often a relay looks by itself: for rows if it publishes, for the lock if it stands by.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long the broker is left alone where it took nothing of a whole turn.
+const LULL: Duration = Duration::from_millis(50);
+/// The pauses between two connections.
+const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
+
+/// Makes the table where it is missing; false if it was there.
+///
+/// # Errors
+/// Why it cannot be made.
+pub async fn make(postgres: &Postgres, table: &Table, patience: Duration) -> anyhow::Result<bool> {
+    within(patience, || Desk::make(postgres, table)).await
+}
+
+/// Relays until it ends.
+///
+/// # Errors
+/// Broker or database cannot be used at the start. Later it waits for them.
+pub async fn relay(settings: &Settings, postgres: &Postgres, order: Order) -> anyhow::Result<Account> {
+    let stop = crate::process::interrupted();
+    let mut stopped = stop.clone();
+    let (desk, publisher) = tokio::select! {
+        biased;
+        _ = stopped.wait_for(|stop| *stop) => return Ok(Account::default()),
+        begun = begin(settings, postgres, &order.table) => begun?,
+    };
+    tokio::spawn(report(publisher.health()));
+    let relay = Relay {
+        wake: wake::listen(postgres.clone()),
+        postgres: postgres.clone(),
+        stop,
+        publisher,
+        patience: settings.publish_timeout,
+        limits: settings.limits,
+        order,
+        holds: Holds::default(),
+        warned: None,
+        account: Account::default(),
+    };
+    relay.run(desk).await
+}
+
+async fn begin(settings: &Settings, postgres: &Postgres, table: &Table) -> anyhow::Result<(Desk, Publisher)> {
+    let patience = settings.connect_timeout;
+    let desk = within(patience, || Desk::open(postgres, table, settings.limits)).await?;
+    let broker = Broker::new(settings.amqp_url.clone(), "warren-publisher relay");
+    let link = broker.connect_within("publish", patience).await?;
+    let bus = declare::check(&link, &Topology::bus()).await;
+    bus.context("make the bus with 'warren-publisher declare'")?;
+    let options = Options { timeout: settings.publish_timeout, ..Options::default() };
+    Ok((desk, Publisher::start(broker, link, options)))
+}
+
+/// Tries for so long where waiting may help.
+async fn within<T, F>(patience: Duration, attempt: impl Fn() -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = Result<T, RelayError>>,
+{
+    let (started, mut pause) = (Instant::now(), PAUSES[0]);
+    loop {
+        match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(error) if !error.is_passing() => return Err(error.into()),
+            Err(error) if started.elapsed() + pause > patience => {
+                return Err(error).context(format!("no database for {patience:?} (WARREN_CONNECT_TIMEOUT)"));
+            }
+            Err(error) => tracing::info!(%error, "no database yet, trying again"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSES[1]);
+    }
+}
+
+struct Relay {
+    postgres: Postgres,
+    publisher: Publisher,
+    order: Order,
+    limits: Limits,
+    wake: Arc<Notify>,
+    stop: watch::Receiver<bool>,
+    holds: Holds,
+    /// How long `Until::Empty` waits for rows that the broker does not take.
+    patience: Duration,
+    /// When it was last said that keys are held.
+    warned: Option<Instant>,
+    account: Account,
+}
+
+impl Relay {
+    async fn run(mut self, desk: Desk) -> anyhow::Result<Account> {
+        let (mut desk, mut pause) = (Some(desk), PAUSES[0]);
+        while !self.is_stopped() {
+            let opened = match desk.take() {
+                Some(desk) => Ok(desk),
+                None => self.open().await,
+            };
+            let since = Instant::now();
+            let served = match opened {
+                Ok(desk) => self.serve(&desk).await,
+                Err(error) => Err(error),
+            };
+            match served {
+                Ok(left) => {
+                    self.account.left = left.map(|left| (left.unsent + left.refused).unsigned_abs());
+                    break;
+                }
+                Err(error) if error.is_passing() => tracing::warn!(%error, "no database, connecting again"),
+                Err(error) => tracing::error!(%error, "the outbox cannot be used, trying again"),
+            }
+            if since.elapsed() > PAUSES[1] {
+                pause = PAUSES[0];
+            }
+            self.rest(pause).await;
+            pause = (pause * 2).min(PAUSES[1]);
+        }
+        Ok(self.account)
+    }
+
+    async fn open(&mut self) -> Result<Desk, RelayError> {
+        let desk = Desk::open(&self.postgres, &self.order.table, self.limits).await?;
+        tracing::info!(at = self.postgres.at(), "connected to the database again");
+        Ok(desk)
+    }
+
+    /// Waits for its turn, then publishes. Ends when it is told to, or, if it is to end by itself, with what is left.
+    async fn serve(&mut self, desk: &Desk) -> Result<Option<Left>, RelayError> {
+        let is_ending = self.order.until == Until::Empty;
+        let mut waits = false;
+        while !desk.lead().await? {
+            if is_ending {
+                let left = desk.left().await?;
+                if left.unsent == 0 {
+                    return Ok(Some(left));
+                }
+            }
+            if !std::mem::replace(&mut waits, true) {
+                tracing::info!(table = %self.order.table, "another relay publishes, this one stands by");
+            }
+            self.rest(LOOK).await;
+            if self.is_stopped() {
+                return Ok(None);
+            }
+        }
+        tracing::info!(table = %self.order.table, at = self.postgres.at(), "this relay publishes");
+        let (mut progressed, mut swept) = (Instant::now(), None::<Instant>);
+        while !self.is_stopped() {
+            let rows = self.take(desk).await?;
+            let nothing = rows.is_empty();
+            if !nothing {
+                let before = self.account.published + self.account.refused;
+                let ended = Waves::new(self, desk).publish(rows).await?;
+                if self.account.published + self.account.refused > before {
+                    progressed = Instant::now();
+                } else {
+                    self.rest(LULL).await;
+                }
+                if ended.is_paused() {
+                    self.rest(LOOK).await;
+                }
+            }
+            if is_ending && (nothing && self.holds.is_empty() || progressed.elapsed() > self.patience) {
+                return desk.left().await.map(Some);
+            }
+            if swept.is_none_or(|at| at.elapsed() > LOOK) {
+                let more = desk.sweep(self.order.keep).await?;
+                swept = (!more).then(Instant::now);
+            }
+            if nothing && swept.is_some() {
+                self.idle().await;
+            }
+        }
+        if is_ending { desk.left().await.map(Some) } else { Ok(None) }
+    }
+
+    /// Rows of keys that are not held, and of those that may be tried again. Each key comes from one of the two, so it is in
+    /// order; and however many keys are held, the others do not stand behind them.
+    async fn take(&mut self, desk: &Desk) -> Result<Vec<Row>, RelayError> {
+        let due = self.holds.due(Instant::now());
+        let mut rows = desk.take(Keys::AllBut(&self.holds.keys())).await?;
+        if !due.is_empty() {
+            let again = desk.take(Keys::Only(&due)).await?;
+            if again.is_empty() {
+                // Somebody deleted them.
+                due.iter().for_each(|key| self.holds.release(key));
+            }
+            rows.extend(again);
+        }
+        Ok(rows)
+    }
+
+    fn is_stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Waits, unless it is told to stop.
+    async fn rest(&mut self, pause: Duration) {
+        let _ = tokio::time::timeout(pause, self.stop.wait_for(|stop| *stop)).await;
+    }
+
+    /// Waits for rows: told of, found by looking, or of a key that was held.
+    async fn idle(&mut self) {
+        let due = self.holds.next().map_or(LOOK, |due| due.saturating_duration_since(Instant::now()).min(LOOK));
+        tokio::select! {
+            _ = self.stop.wait_for(|stop| *stop) => {}
+            () = self.wake.notified() => {}
+            () = tokio::time::sleep(due) => {}
+        }
+    }
+}
+
+/// Says once when publishing stalls and why, and once when it goes on.
+async fn report(mut health: watch::Receiver<Health>) {
+    let mut before = Health::Open;
+    while health.changed().await.is_ok() {
+        let now = health.borrow_and_update().clone();
+        if now != before {
+            match &now {
+                Health::Open => tracing::info!("publishing goes on"),
+                Health::Connecting => tracing::warn!("no broker: connecting again, the rows wait"),
+                Health::Blocked(why) => tracing::warn!(why, "the broker takes nothing for now, the rows wait"),
+            }
+            before = now;
+        }
+    }
+}
