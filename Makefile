@@ -2,8 +2,8 @@
 .PHONY: help demo test bench lint fmt clean
 
 help:
-	@echo 'make demo   the main job on a real RabbitMQ, with kills; two minutes after the build'
-	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3 chooses the broker)'
+	@echo 'make demo   the main job on a real RabbitMQ, with kills; two minutes after the build (STORE=postgres: with an order ledger)'
+	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
 	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
 	@echo 'make lint   format, clippy, docs'
 	@echo 'make fmt    format the code'

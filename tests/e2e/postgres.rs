@@ -236,7 +236,7 @@ async fn pass(
                 if read == 0 { return Ok(()); }
                 if there[..read].windows(7).any(|window| window == b"COMMIT\0") {
                     let n = commits.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
-                    cut |= n % every == 0;
+                    cut |= n.is_multiple_of(every);
                 }
                 server.write_all(&there[..read]).await?;
             }
