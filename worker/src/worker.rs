@@ -382,11 +382,15 @@ const BEAT: Duration = Duration::from_secs(5);
 /// Tells the store that this worker lives, adopts what dead workers left, and prunes by time.
 async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
     let mut tick = tokio::time::interval(BEAT);
+    // Since when our own beats come through: while the store was away nobody's did, and nobody is dead for that.
+    let mut beating: Option<tokio::time::Instant> = None;
     loop {
         tick.tick().await;
         let kept = async {
-            store.beat().await?;
-            let rows = store.adopt(Left::Silent(SILENT)).await?;
+            let begun = tokio::time::Instant::now();
+            store.beat().await.inspect_err(|_| beating = None)?;
+            let proven = begun - *beating.get_or_insert(begun) >= SILENT;
+            let rows = if proven { store.adopt(Left::Silent(SILENT)).await? } else { Vec::new() };
             if !rows.is_empty() {
                 tracing::info!(rows = rows.len(), "publishing what dead workers left");
                 outbox.push(rows);

@@ -223,7 +223,9 @@ impl Inner {
             if let Some(identity) = doubtful {
                 if fresh.is_none() {
                     let rows = self.rows_of(lease, &identity).await?;
-                    fresh = (rows.len() == effect.out.len()).then(|| rows.iter().map(|row| row.id).collect());
+                    // Another worker's outcome may send something else.
+                    let ours = rows.iter().map(|row| &row.message).eq(&effect.out);
+                    fresh = if ours { Some(self.take_back(lease, &rows).await?) } else { None };
                 }
                 self.trust(&identity);
             }
@@ -235,14 +237,20 @@ impl Inner {
         Ok(answer)
     }
 
-    /// Our own rows that an event's commit sends.
+    /// The rows that an event's commit sends.
     async fn rows_of(&self, lease: &Lease, cause: &Identity) -> Result<Vec<Row>, StoreError> {
-        let sql = format!(
-            "SELECT id, partition, envelope, body FROM {}.outbox WHERE worker = $1 AND cause = $2 ORDER BY id",
-            self.schema
-        );
-        let values: Values<'_> = &[(&self.worker, Type::TEXT), (&uuid(cause), Type::UUID)];
-        lease.query_typed(&sql, values).await?.iter().map(row).collect()
+        let sql =
+            format!("SELECT id, partition, envelope, body FROM {}.outbox WHERE cause = $1 ORDER BY id", self.schema);
+        lease.query_typed(&sql, &[(&uuid(cause), Type::UUID)]).await?.iter().map(row).collect()
+    }
+
+    /// Makes rows ours again: who took us for dead may have adopted them, and the key's next event is to come after them.
+    async fn take_back(&self, lease: &Lease, rows: &[Row]) -> Result<Vec<i64>, StoreError> {
+        let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
+        let sql =
+            format!("UPDATE {}.outbox SET worker = $1 WHERE id = ANY($2) AND worker <> $1 RETURNING 1", self.schema);
+        lease.query_typed(&sql, &[(&self.worker, Type::TEXT), (&ids, Type::INT8_ARRAY)]).await?;
+        Ok(ids)
     }
 
     fn uncertain(&self) -> MutexGuard<'_, HashSet<Identity>> {

@@ -403,3 +403,27 @@ async fn of_two_transactions_with_one_event_the_second_waits_and_finds_it_done()
     let fresh: u32 = futures_util::future::join_all(workers).await.into_iter().map(|f| f.expect("no panic")).sum();
     assert_eq!((fresh, runs.load(Ordering::Relaxed)), (40, 40), "no second one even began");
 }
+
+#[tokio::test]
+async fn a_commit_whose_answer_was_lost_is_ours_whoever_adopted_its_rows() {
+    let pool = Pool::new();
+    let (ours, theirs) = (pool.open("a").await, pool.open("b").await);
+    let lost = effect("1", Outcome::Done, 0);
+    let Recorded::Fresh(_, rows) = &ours.commit(Arc::new(vec![lost.clone()])).await.expect("takes it")[0] else {
+        panic!("it is new")
+    };
+    ours.0.doubt(lost.seen.expect("set").identity);
+    // While nobody could beat, another one took us for dead.
+    assert_eq!(theirs.adopt(Left::Silent(Duration::ZERO)).await.expect("answers").len(), 1);
+    match &ours.commit(Arc::new(vec![lost.clone()])).await.expect("takes it")[..] {
+        [Recorded::Fresh(_, again)] => assert_eq!(again, rows),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(theirs.adopt(Left::In("p00".into())).await.expect("answers").len(), 1, "they were ours again");
+    assert_eq!(commit(&ours, vec![lost.clone()]).await, [false], "no doubt is left");
+
+    // Another worker's outcome, which sends something else.
+    ours.0.doubt(lost.seen.expect("set").identity);
+    let message = Message { body: b"ours".to_vec(), ..Message::default() };
+    assert_eq!(commit(&ours, vec![Effect { out: vec![message], ..lost }]).await, [false]);
+}

@@ -245,11 +245,11 @@ impl Transactions {
         {
             let lease = self.sessions.lease().await?;
             let rows = inner.rows_of(&lease, &seen.identity).await?;
-            lease.keep();
             if !rows.is_empty() {
-                recorded = Recorded::Fresh(Committed(()), rows.iter().map(|row| row.id).collect());
+                recorded = Recorded::Fresh(Committed(()), inner.take_back(&lease, &rows).await?);
                 out = rows.into_iter().map(|row| row.message).collect();
             }
+            lease.keep();
             inner.trust(&seen.identity);
         }
         Ok(Ended::Recorded(recorded, out))
