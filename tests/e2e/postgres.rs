@@ -401,3 +401,63 @@ async fn a_pooler_by_transactions_may_stand_between() -> anyhow::Result<()> {
     ensure!(ledger.adds_up() && ledger.dead.is_empty(), "{ledger}{}", lab.logs());
     fleet.stop(&lab).await
 }
+
+/// Certificates made here: of an authority, of a server by it for this name, and of another authority.
+fn certificates(lab: &Lab, name: &str) -> anyhow::Result<()> {
+    let commands = [
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ours -keyout ca.key -out ca.pem \
+         -addext basicConstraints=critical,CA:TRUE"
+            .to_owned(),
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=theirs -keyout other.key \
+         -out other.pem -addext basicConstraints=critical,CA:TRUE"
+            .to_owned(),
+        "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server -keyout server.key -out server.csr".to_owned(),
+        format!("printf 'subjectAltName={name}\n' >san"),
+        "openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out server.pem".to_owned(),
+    ];
+    for command in commands {
+        let output = std::process::Command::new("sh").args(["-c", &command]).current_dir(&lab.dir).output()?;
+        ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_own_database_is_reached_by_tls_as_sslmode_says_and_never_by_less() -> anyhow::Result<()> {
+    let mut lab = Lab::new("pg-tls")?.with_store(Postgres::private("tls")?);
+    lab.declare().await?;
+    let url = lab.postgres.as_ref().context("a database")?.url().to_owned();
+    let (ours, theirs) = (lab.path("ca.pem"), lab.path("other.pem"));
+    // By address, then under a name that is not the one in the URL.
+    for (name, right) in [("IP:127.0.0.1", true), ("DNS:elsewhere.example", false)] {
+        certificates(&lab, name)?;
+        let files = [
+            ("server.pem", std::fs::read(lab.path("server.pem"))?),
+            ("server.key", std::fs::read(lab.path("server.key"))?),
+        ];
+        let files = files.each_ref().map(|(name, content)| (*name, content.as_slice()));
+        lab.postgres
+            .as_ref()
+            .context("a database")?
+            .set("ssl = on\nssl_cert_file = 'server.pem'\nssl_key_file = 'server.key'\n", &files)?;
+        let (ours, theirs) = (ours.display(), theirs.display());
+        let cases = [
+            ("sslmode=require".to_owned(), true),
+            (format!("sslmode=verify-ca&sslrootcert={ours}"), true),
+            (format!("sslmode=verify-ca&sslrootcert={theirs}"), false),
+            (format!("sslmode=require&sslrootcert={theirs}"), false),
+            (format!("sslmode=verify-full&sslrootcert={ours}"), right),
+            (format!("sslmode=verify-full&sslrootcert={theirs}"), false),
+            // Of the system's authorities none made it.
+            ("sslmode=verify-full".to_owned(), false),
+        ];
+        for (parameters, good) in cases {
+            lab.set("DATABASE_URL", &format!("{url}?{parameters}"));
+            let (stdout, stderr) =
+                warren_tests::process::expect_exit(&lab.run(&["check"]).await?, if good { 0 } else { 69 })
+                    .with_context(|| format!("{name}: {parameters}"))?;
+            ensure!(good || stdout.contains("certificate"), "{name}: {parameters}: {stdout}{stderr}");
+        }
+    }
+    Ok(())
+}

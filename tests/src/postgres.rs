@@ -34,6 +34,16 @@ impl Postgres {
 
     fn on(dir: Option<PathBuf>, name: &str) -> anyhow::Result<Self> {
         let mut postgres = Self { url: String::new(), name: name.into(), dir };
+        if let (None, Some(server)) = (&postgres.dir, given()) {
+            let (place, _) = server.rsplit_once('/').context("DATABASE_URL names no database")?;
+            postgres.url = format!("{place}/{name}");
+            for sql in
+                [format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"), format!("CREATE DATABASE \"{name}\"")]
+            {
+                ask(&server, &sql)?;
+            }
+            return Ok(postgres);
+        }
         if postgres.dir.is_some() {
             postgres.script(&["stop", "--wipe", "--immediate"]).ok();
         }
@@ -70,20 +80,27 @@ impl Postgres {
     /// # Errors
     /// The server does not take it, or answers with something else.
     pub fn number(&self, sql: &str) -> anyhow::Result<i64> {
-        static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
-        });
-        let (url, sql) = (self.url.clone(), sql.to_owned());
-        let (tell, told) = std::sync::mpsc::channel();
-        RUNTIME.spawn(async move {
-            let asked = async {
-                let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
-                tokio::spawn(connection);
-                client.query_typed(&sql, &[]).await?.first().context("no row")?.try_get(0).context("no number")
-            };
-            let _ = tell.send(asked.await);
-        });
-        told.recv()?
+        ask(&self.url, sql)?.context("no number")
+    }
+
+    /// More settings for a private server, and files beside its data; it is started again.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn set(&self, conf: &str, files: &[(&str, &[u8])]) -> anyhow::Result<()> {
+        let dir = self.dir.as_ref().context("only a private server is set")?;
+        self.stop()?;
+        std::fs::write(dir.join("conf.d/test.conf"), conf)?;
+        let owner = std::fs::metadata(dir.join("pg"))?;
+        for (name, content) in files {
+            use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+            let path = dir.join("pg").join(name);
+            std::fs::write(&path, content)?;
+            // The server refuses a key that others may read.
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+            chown(&path, Some(owner.uid()), Some(owner.gid()))?;
+        }
+        self.start()
     }
 
     /// The URL of a read-only copy of a private server, which is started here and ends with it.
@@ -169,9 +186,34 @@ impl Drop for Postgres {
         // A shared server goes on without this database; a private one ends with the test, and its data with it.
         if self.dir.is_some() {
             self.script(&["stop", "--wipe", "--immediate"]).ok();
+        } else if let Some(server) = given() {
+            ask(&server, &format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name)).ok();
         } else {
             let drop = format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name);
             self.script(&["psql", "-qc", &drop]).ok();
         }
     }
+}
+
+/// The server that `DATABASE_URL` names: its user must be allowed to create databases.
+fn given() -> Option<String> {
+    std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"))
+}
+
+/// Asks for a number, if there is an answer; from wherever, as it waits on threads of its own.
+fn ask(url: &str, sql: &str) -> anyhow::Result<Option<i64>> {
+    static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
+    });
+    let (url, sql) = (url.to_owned(), sql.to_owned());
+    let (tell, told) = std::sync::mpsc::channel();
+    RUNTIME.spawn(async move {
+        let asked = async {
+            let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
+            tokio::spawn(connection);
+            anyhow::Ok(client.query_typed(&sql, &[]).await?.first().map(|row| row.try_get(0)).transpose()?)
+        };
+        let _ = tell.send(asked.await);
+    });
+    told.recv()?
 }

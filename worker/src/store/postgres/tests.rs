@@ -12,8 +12,11 @@ use warren_shared::env::Secret;
 /// Where connections are opened whose tests are not asynchronous.
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
 
-/// The private server, started if need be.
+/// The server of `DATABASE_URL`, else the private one, started if need be.
 static URL: LazyLock<String> = LazyLock::new(|| {
+    if let Some(url) = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres")) {
+        return url;
+    }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres");
     let output = Command::new(script).arg("start").output().expect("it can be run");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
