@@ -141,6 +141,9 @@ impl Bench {
             .env("BENCH_COUNT", count.to_string())
             .env("BENCH_STORE", site.store())
             .env("BENCH_DIR", peers_dir());
+        if let Some(database) = site.database() {
+            command.env("BENCH_DATABASE", database.url());
+        }
     }
 }
 

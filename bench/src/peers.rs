@@ -1,8 +1,11 @@
-//! Other makes, installed by `bench/peers/setup`: one that could not be is a row that says why.
+//! Other makes, installed by `bench/peers/setup`, and the PostgreSQL server: where one cannot be had, its rows say why.
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use warren_tests::broker::root;
+
+/// The server's name among them.
+pub(crate) const POSTGRES: &str = "postgres";
 
 /// Which peers are there.
 #[derive(Debug)]

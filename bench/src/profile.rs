@@ -1,6 +1,7 @@
 //! One client alone, on loaded queues, to look into it.
 use crate::Order;
 use crate::bench::{Bench, say};
+use crate::rows::tx;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -12,7 +13,13 @@ const PATIENCE: Duration = Duration::from_secs(1200);
 pub(crate) fn run(client: &str, count: u64, perf: Option<&Path>) -> anyhow::Result<ExitCode> {
     let order = Order { rows: Vec::new(), only: Vec::new(), rounds: None, count: None, smoke: false, json: None };
     let bench = Bench::new(&order)?;
-    let site = bench.site()?;
+    let mut site = bench.site()?;
+    if client == "warren_postgres" || client.starts_with("tx_") {
+        site = site.on_postgres()?;
+    }
+    if client.starts_with("tx_") {
+        tx::tables(&bench, &site)?;
+    }
     if client != "publish_raw" {
         site.load(1, count)?;
     }

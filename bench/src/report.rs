@@ -67,7 +67,7 @@ pub(crate) fn print(bench: &Bench, results: &Results) -> anyhow::Result<()> {
     if bench.plan.smoke {
         return Ok(());
     }
-    writeln!(out, "\n{:<32} {:>9} {:>10}", "target", "wanted", "measured")?;
+    writeln!(out, "\n{:<36} {:>9} {:>10}", "target", "wanted", "measured")?;
     for target in &TARGETS {
         let verdict = target.judge(results);
         let measured = verdict.measured.map_or_else(|| "-".into(), |value| format!("{value:.2}"));
@@ -76,7 +76,7 @@ pub(crate) fn print(bench: &Bench, results: &Results) -> anyhow::Result<()> {
             Some(false) => "MISS",
             None => "not measured",
         };
-        writeln!(out, "{:<32} {:>9} {measured:>10} {met}", target.what, verdict.wanted)?;
+        writeln!(out, "{:<36} {:>9} {measured:>10} {met}", target.what, verdict.wanted)?;
     }
     Ok(())
 }

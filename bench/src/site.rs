@@ -1,4 +1,4 @@
-//! One run's place: a vhost with the pool's topology, and a directory for the store.
+//! One run's place: a vhost with the pool's topology, a directory for the store, and where it is asked for a database.
 use crate::bench::{Bench, delete, dir};
 use crate::clients::warren;
 use crate::events::short;
@@ -12,14 +12,15 @@ use warren_publisher::{Broker, declare};
 use warren_shared::env::Secret;
 use warren_shared::lane::NORMAL;
 use warren_shared::topology::Topology;
-use warren_tests::Rabbit;
+use warren_tests::{Postgres, Rabbit};
 
-/// A vhost and a directory, deleted when dropped.
+/// A vhost, a directory and a database, deleted when dropped.
 pub(crate) struct Site<'a> {
     bench: &'a Bench,
     vhost: String,
     dir: PathBuf,
     topology: Topology,
+    database: Option<Postgres>,
 }
 
 /// The broker is still busy with what was just confirmed.
@@ -38,8 +39,8 @@ impl<'a> Site<'a> {
         let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
         bench.rabbit.api("PUT", &format!("permissions/{vhost}/guest"), Some(all))?;
         let url = format!("{}/{vhost}", bench.rabbit.amqp);
-        let worker = warren::worker(warren::settings(&url, "unused", None)?, |_| {})?;
-        let site = Self { bench, vhost, dir, topology: worker.topology() };
+        let worker = warren::worker(warren::settings(&url, &warren::file("unused"), None)?, |_| {})?;
+        let site = Self { bench, vhost, dir, topology: worker.topology(), database: None };
         bench.runtime.block_on(async {
             let link = Broker::new(Secret::new(site.url()), "warren-bench").connect("topology").await?;
             let declared = declare::apply(&link, &site.topology.declarations()).await;
@@ -47,6 +48,17 @@ impl<'a> Site<'a> {
             anyhow::Ok(declared?)
         })?;
         Ok(site)
+    }
+
+    /// The same with a fresh database on the PostgreSQL server of this checkout.
+    pub(crate) fn on_postgres(mut self) -> anyhow::Result<Self> {
+        self.database = Some(Postgres::shared(&self.vhost)?);
+        Ok(self)
+    }
+
+    /// The database, where this run has one.
+    pub(crate) fn database(&self) -> Option<&Postgres> {
+        self.database.as_ref()
     }
 
     /// The broker's URL with this vhost.

@@ -23,7 +23,7 @@ pub(crate) struct Verdict {
 }
 
 /// All demands.
-pub(crate) const TARGETS: [Target; 12] = [
+pub(crate) const TARGETS: [Target; 14] = [
     demand("drain ÷ raw_multiple", "ratios.drain_vs_raw_multiple", AtLeast(0.75)),
     demand("drain ÷ raw_each", "ratios.drain_vs_raw_each", AtLeast(4.0)),
     demand("drain ÷ amqplib_each", "ratios.drain_vs_amqplib", AtLeast(1.0)),
@@ -35,6 +35,8 @@ pub(crate) const TARGETS: [Target; 12] = [
     demand("backlog, peak RSS, MB", "backlog.rss_mb", AtMost(64.0)),
     demand("backlog, last ÷ first tenth", "ratios.backlog_last_vs_first", AtLeast(0.9)),
     demand("cost with 10 M ids ÷ 100 k", "ratios.inbox_10m_vs_100k", AtMost(1.3)),
+    demand("drain on PostgreSQL ÷ raw_multiple", "ratios.drain_postgres_vs_raw_multiple", AtLeast(0.4)),
+    demand("transactional handlers ÷ loop", "ratios.tx_vs_loop", AtLeast(5.0)),
     demand("start to first event, ms", "start.ms", AtMost(150.0)),
 ];
 

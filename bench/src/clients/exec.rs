@@ -20,7 +20,7 @@ pub(crate) async fn drain(task: Task) -> anyhow::Result<()> {
     let exe = std::env::current_exe()?;
     let argv = [&*exe.to_string_lossy(), "client", "echo", &socket, &task.count.to_string()].map(str::to_owned);
     let routes = serde_json::json!({"routes": [{"on": crate::events::KIND, "exec": argv}]}).to_string();
-    let settings = warren::settings(&task.url, &task.store, Some(&routes))?;
+    let settings = warren::settings(&task.url, &task.store_url(), Some(&routes))?;
     let worker = Worker::builder(settings).build().map_err(|mistakes| anyhow::anyhow!("{mistakes:?}"))?;
     let (stop, stops) = mpsc::unbounded_channel();
     let running = tokio::spawn(worker.run(stops));

@@ -5,6 +5,7 @@
 pub(crate) mod exec;
 pub(crate) mod latency;
 pub(crate) mod raw;
+pub(crate) mod tx;
 pub(crate) mod warren;
 
 use anyhow::Context;
@@ -23,6 +24,8 @@ pub(crate) struct Task {
     pub(crate) count: u64,
     /// The store's file.
     pub(crate) store: String,
+    /// The URL of the run's PostgreSQL database, where it has one.
+    pub(crate) database: Option<String>,
 }
 
 impl Task {
@@ -33,7 +36,17 @@ impl Task {
             queues: read("BENCH_QUEUES")?.split(',').filter(|queue| !queue.is_empty()).map(str::to_owned).collect(),
             count: read("BENCH_COUNT")?.parse().context("BENCH_COUNT is no number")?,
             store: std::env::var("BENCH_STORE").unwrap_or_default(),
+            database: std::env::var("BENCH_DATABASE").ok(),
         })
+    }
+
+    pub(crate) fn database(&self) -> anyhow::Result<&str> {
+        self.database.as_deref().context("BENCH_DATABASE is not set")
+    }
+
+    /// Where the store is, as DATABASE_URL has it: the file, where there is no database.
+    pub(crate) fn store_url(&self) -> String {
+        self.database.clone().unwrap_or_else(|| warren::file(&self.store))
     }
 }
 
@@ -51,11 +64,13 @@ pub(crate) fn main(name: &str, rest: &[String]) -> anyhow::Result<ExitCode> {
         match name {
             "raw_each" => raw::drain(task, raw::Acks::Each).await,
             "raw_multiple" => raw::drain(task, raw::Acks::Multiple { flush: None }).await,
-            "warren_sqlite" => warren::drain(task).await,
+            "warren_sqlite" | "warren_postgres" => warren::drain(task).await,
             "warren_exec" => exec::drain(task).await,
             "publish_raw" => raw::publish(task).await,
             "latency_raw" => latency::raw(task).await,
             "latency_warren" => latency::warren(task).await,
+            "tx_warren" => tx::warren(task).await,
+            "tx_loop" => tx::by_hand(task).await,
             other => anyhow::bail!("there is no client '{other}'"),
         }?;
         Ok(ExitCode::SUCCESS)

@@ -2,7 +2,7 @@
 use super::note;
 use crate::bench::{Bench, say};
 use crate::measure;
-use crate::peers;
+use crate::peers::{self, POSTGRES};
 use crate::results::Results;
 use crate::site::Site;
 use anyhow::{Context, ensure};
@@ -19,6 +19,8 @@ struct Contestant {
 enum Make {
     /// A client of ours.
     Own,
+    /// One whose store is on PostgreSQL.
+    OnPostgres,
     /// Another make that reads our messages.
     Reader(&'static str),
     /// Another make with messages and queues of its own.
@@ -32,10 +34,11 @@ const fn own(name: &'static str) -> Contestant {
     Contestant { name, make: Make::Own, share: 1.0 }
 }
 
-const CONTESTANTS: [Contestant; 7] = [
+const CONTESTANTS: [Contestant; 8] = [
     own("raw_each"),
     own("raw_multiple"),
     own("warren_sqlite"),
+    Contestant { name: "warren_postgres", make: Make::OnPostgres, share: 0.5 },
     Contestant { name: "amqplib_each", make: Make::Reader("amqplib"), share: 1.0 },
     own("warren_exec"),
     Contestant { name: "dramatiq", make: Make::Stranger, share: 0.25 },
@@ -61,6 +64,7 @@ impl Contestant {
     fn absent(&self, bench: &Bench) -> Option<String> {
         match self.make {
             Make::Own => None,
+            Make::OnPostgres => bench.peers.absent(POSTGRES),
             Make::Reader(peer) => bench.peers.absent(peer),
             Make::Stranger => bench.peers.absent(self.name),
         }
@@ -68,7 +72,10 @@ impl Contestant {
 
     fn measure(&self, bench: &Bench) -> anyhow::Result<measure::Figures> {
         let count = (bench.plan.drain as f64 * self.share).ceil() as u64;
-        let site = bench.site()?;
+        let site = match self.make {
+            Make::OnPostgres => bench.site()?.on_postgres()?,
+            _ => bench.site()?,
+        };
         let ready = self.prepare(bench, &site, count)?;
         let run = bench.run(&ready)?;
         // RabbitMQ 3.10 drops acks that it still buffers when a channel closes, so a few may be left; never more than
@@ -84,7 +91,7 @@ impl Contestant {
     /// Fills the queues; returns who empties them.
     fn prepare(&self, bench: &Bench, site: &Site<'_>, count: u64) -> anyhow::Result<Command> {
         match self.make {
-            Make::Own => {
+            Make::Own | Make::OnPostgres => {
                 site.load(1, count)?;
                 bench.client(self.name, site, count)
             }

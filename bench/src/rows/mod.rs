@@ -5,6 +5,7 @@ mod inbox;
 mod latency;
 mod publish;
 mod start;
+pub(crate) mod tx;
 
 use crate::bench::Bench;
 use crate::measure::Figures;
@@ -25,12 +26,14 @@ pub(crate) enum Row {
     Inbox,
     /// From the start of the process to the first event.
     Start,
+    /// Queues that are full, emptied by handlers with a database transaction an event.
+    Tx,
 }
 
 impl Row {
     /// Those that were asked for; all where none was.
     pub(crate) fn chosen(asked: &[Self]) -> Vec<Self> {
-        let all = [Self::Drain, Self::Publish, Self::Latency, Self::Backlog, Self::Inbox, Self::Start];
+        let all = [Self::Drain, Self::Publish, Self::Latency, Self::Backlog, Self::Inbox, Self::Start, Self::Tx];
         all.into_iter().filter(|row| asked.is_empty() || asked.contains(row)).collect()
     }
 
@@ -43,6 +46,7 @@ impl Row {
             Self::Backlog => backlog::run(bench, results),
             Self::Inbox => inbox::run(bench, results),
             Self::Start => start::run(bench, results),
+            Self::Tx => tx::run(bench, results),
         }
     }
 }
