@@ -194,7 +194,7 @@ impl Inner {
         }
         for chunk in chunks {
             let batch = Batch::of(chunk, &self.worker).map_err(unwritable)?;
-            let (sql, values) = (batch.statement(&self.schema, periods), batch.values());
+            let (sql, values) = (batch.statement(&self.schema, periods, ""), batch.values());
             let rows =
                 if many { lease.query_typed(&sql, &values).await } else { lease.transact(&begin, &sql, &values).await };
             let Some(rows) = current(rows, periods, 0)? else { return Ok(None) };

@@ -48,10 +48,21 @@ impl Periods {
 
     /// The identities of `$n` that have an outcome.
     pub(super) fn known(&self, schema: &str, n: u32) -> String {
-        let table =
-            |period: &i32| format!("SELECT identity FROM {schema}.inbox_{period} WHERE identity = ANY(${n}::uuid[])");
-        self.alive.iter().map(table).collect::<Vec<_>>().join(" UNION ALL ")
+        known(&self.alive, schema, n)
     }
+
+    /// Those of them whose outcome stands only where nothing is recorded any more; none where there is no such period.
+    pub(super) fn known_before(&self, schema: &str, n: u32) -> Option<String> {
+        let (period, _) = self.open();
+        let before: Vec<i32> = self.alive.iter().copied().filter(|alive| *alive < period).collect();
+        (!before.is_empty()).then(|| known(&before, schema, n))
+    }
+}
+
+fn known(periods: &[i32], schema: &str, n: u32) -> String {
+    let table =
+        |period: &i32| format!("SELECT identity FROM {schema}.inbox_{period} WHERE identity = ANY(${n}::uuid[])");
+    periods.iter().map(table).collect::<Vec<_>>().join(" UNION ALL ")
 }
 
 /// Goes on to the next phase where it is time; forgets what is older than the window. Returns about how many rows went.

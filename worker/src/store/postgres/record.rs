@@ -131,9 +131,14 @@ impl<'a> Batch<'a> {
     ///
     /// Who is not known is new, and a unique index lets one of two at the same time win. A replay is new as well where the
     /// last outcome is a death before it: the lock of that row decides.
-    pub(super) fn statement(&self, s: &str, periods: &Periods) -> String {
+    ///
+    /// It has only the parts that these effects need, as the server plans it anew each time. Whom an open period knows, its
+    /// index says; the others are asked before. `more` is selected beside the answer.
+    pub(super) fn statement(&self, s: &str, periods: &Periods, more: &str) -> String {
         let (period, next) = periods.open();
-        let known = periods.known(s, 2);
+        let known = if self.replayed > 0 { Some(periods.known(s, 2)) } else { periods.known_before(s, 2) };
+        let unknown = known.as_ref().map_or("", |_| "AND identity NOT IN (SELECT identity FROM known)");
+        let known = known.map(|known| format!("known AS MATERIALIZED ({known}),")).unwrap_or_default();
         let (mut also, mut fresh) = (String::new(), "identity IN (SELECT identity FROM added)".to_owned());
         let added = match next {
             None => "SELECT identity FROM won".to_owned(),
@@ -165,6 +170,16 @@ impl<'a> Batch<'a> {
             }
             fresh += " OR identity IN (SELECT identity FROM again)";
         }
+        if self.dead.contains(&true) {
+            also += &format!(
+                "died AS (INSERT INTO {s}.dead SELECT identity, $5, clock_timestamp() FROM e
+                     WHERE dead AND identity IN (SELECT identity FROM added) ORDER BY identity
+                     ON CONFLICT (identity) DO UPDATE SET replayed = excluded.replayed, at = excluded.at),"
+            );
+        }
+        if !self.started.is_empty() {
+            also += &format!("ended AS (DELETE FROM {s}.starts WHERE identity = ANY($4) AND EXISTS (SELECT FROM e)),");
+        }
         let (out, base) = if self.out.is_empty() {
             (String::new(), "0::bigint".to_owned())
         } else {
@@ -174,17 +189,13 @@ impl<'a> Batch<'a> {
             "WITH e AS MATERIALIZED (SELECT n, identity, dead
                  FROM unnest($1::integer[], $2::uuid[], $3::boolean[]) AS e(n, identity, dead)
                  WHERE (SELECT phase FROM {s}.phase) = {phase}),
-             known AS MATERIALIZED ({known}),
-             won AS (INSERT INTO {s}.inbox_{period} SELECT identity FROM e WHERE identity IS NOT NULL
-                 AND identity NOT IN (SELECT identity FROM known) ORDER BY identity ON CONFLICT DO NOTHING RETURNING identity),
+             {known}
+             won AS (INSERT INTO {s}.inbox_{period} SELECT identity FROM e WHERE identity IS NOT NULL {unknown}
+                 ORDER BY identity ON CONFLICT DO NOTHING RETURNING identity),
              added AS ({added}),
              {also}
-             died AS (INSERT INTO {s}.dead SELECT identity, $5, clock_timestamp() FROM e
-                 WHERE dead AND identity IN (SELECT identity FROM added) ORDER BY identity
-                 ON CONFLICT (identity) DO UPDATE SET replayed = excluded.replayed, at = excluded.at),
-             fresh AS MATERIALIZED (SELECT n FROM e WHERE identity IS NULL OR {fresh}),
-             ended AS (DELETE FROM {s}.starts WHERE identity = ANY($4) AND EXISTS (SELECT FROM e)){out}
-             SELECT (SELECT phase FROM {s}.phase), ARRAY(SELECT n FROM fresh), {base}",
+             fresh AS MATERIALIZED (SELECT n FROM e WHERE identity IS NULL OR {fresh}){out}
+             SELECT (SELECT phase FROM {s}.phase), ARRAY(SELECT n FROM fresh), {base}{more}",
             phase = periods.phase,
         )
     }

@@ -10,7 +10,7 @@ use super::Inner;
 use super::record::{Batch, Out};
 use super::session::{Lease, PATIENCE, Sessions, begin_within};
 use crate::store::{Committed, Effect, Outcome, Recorded, Seen, StoreError};
-use futures_util::future::{join, join3};
+use futures_util::future::join;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::RwLock;
@@ -213,21 +213,16 @@ impl Transactions {
             let lease = self.sessions.lease().await?;
             let periods = inner.periods();
             let lock = format!(", pg_advisory_xact_lock_shared({}, {})", inner.class, periods.phase);
-            let (begin, sql, values) =
-                (begin_within(timeout, &lock), batch.statement(&inner.schema, &periods), batch.values());
-            let (begun, rows, transaction) = join3(
-                lease.batch_execute(&begin),
-                lease.query_typed(&sql, &values),
-                lease.query_typed("SELECT pg_current_xact_id()::text", &[]),
-            )
-            .await;
+            let sql = batch.statement(&inner.schema, &periods, ", pg_current_xact_id()::text");
+            let (begin, values) = (begin_within(timeout, &lock), batch.values());
+            let (begun, rows) = join(lease.batch_execute(&begin), lease.query_typed(&sql, &values)).await;
             begun?;
             let Some(rows) = super::current(rows, &periods, 0)? else {
                 inner.reread().await?;
                 continue;
             };
-            let transaction: String = transaction?.first().map(|row| row.get(0)).unwrap_or_default();
-            if rows.first().is_some_and(|row| !row.get::<_, Vec<i32>>(1).is_empty()) {
+            if let Some(row) = rows.first().filter(|row| !row.get::<_, Vec<i32>>(1).is_empty()) {
+                let transaction = row.get(3);
                 return Ok(Some((lease, transaction)));
             }
             lease.batch_execute("ROLLBACK").await?;
