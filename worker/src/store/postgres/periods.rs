@@ -51,11 +51,16 @@ impl Periods {
         known(&self.alive, schema, n)
     }
 
-    /// Those of them whose outcome stands only where nothing is recorded any more; none where there is no such period.
+    /// Those of them whose outcome stands where nothing is recorded any more; none where there is no such period.
     pub(super) fn known_before(&self, schema: &str, n: u32) -> Option<String> {
-        let (period, _) = self.open();
-        let before: Vec<i32> = self.alive.iter().copied().filter(|alive| *alive < period).collect();
+        let before: Vec<i32> = self.closed().collect();
         (!before.is_empty()).then(|| known(&before, schema, n))
+    }
+
+    /// Where nothing is recorded any more.
+    pub(super) fn closed(&self) -> impl Iterator<Item = i32> {
+        let (period, _) = self.open();
+        self.alive.iter().copied().filter(move |alive| *alive < period)
     }
 }
 

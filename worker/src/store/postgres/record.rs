@@ -1,6 +1,6 @@
 //! Recording effects: one statement for many, in which the inbox decides who is fresh.
 use super::periods::Periods;
-use crate::store::{Effect, Outcome};
+use crate::store::{Effect, Outcome, Seen};
 use std::collections::{HashMap, HashSet};
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
@@ -225,6 +225,25 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The statement that records one effect of the usual kind, without parameters: its event is done, is no replay and was
+/// not counted before, in a period that gives way to no other. It answers in one row: the phase, and whether it is fresh;
+/// `more` beside them. None where the effect is of another kind.
+pub(super) fn plain(effect: &Effect, s: &str, periods: &Periods, more: &str) -> Option<String> {
+    let ((period, None), Some(Seen { identity, replayed: 0 })) = (periods.open(), effect.seen) else { return None };
+    if effect.outcome != Outcome::Done || effect.started.is_some() || !effect.out.is_empty() {
+        return None;
+    }
+    let (phase, identity) = (periods.phase, uuid(&identity));
+    let unknown =
+        |period: i32| format!(" AND NOT EXISTS (SELECT FROM {s}.inbox_{period} WHERE identity = '{identity}')");
+    let unknown: String = periods.closed().map(unknown).collect();
+    Some(format!(
+        "WITH won AS (INSERT INTO {s}.inbox_{period} SELECT '{identity}' WHERE (SELECT phase FROM {s}.phase) = {phase}{unknown}
+             ON CONFLICT DO NOTHING RETURNING 1)
+         SELECT (SELECT phase FROM {s}.phase), EXISTS (SELECT FROM won){more}"
+    ))
+}
+
 /// Inserts outgoing rows; their columns are the parameters from `$first` on.
 fn sent(s: &str, first: u32, which: &str) -> String {
     let n = |offset: u32| first + offset;
@@ -247,7 +266,6 @@ fn sent(s: &str, first: u32, which: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Seen;
 
     fn effect(id: &str, replayed: u32, size: usize) -> Effect {
         let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });

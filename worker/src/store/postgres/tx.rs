@@ -7,16 +7,17 @@
 //! The inbox row comes first: where two workers hold the same event, the second waits for the first one's end and finds it
 //! done.
 use super::Inner;
-use super::record::{Batch, Out};
+use super::periods::Periods;
+use super::record::{Batch, Out, plain};
 use super::session::{Lease, PATIENCE, Sessions, begin_within};
 use crate::store::{Committed, Effect, Outcome, Recorded, Seen, StoreError};
 use futures_util::future::join;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::RwLock;
-use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Row, SimpleQueryMessage};
 use warren_publisher::postgres::problem;
 use warren_shared::{Identity, Message};
 
@@ -213,8 +214,24 @@ impl Transactions {
             let lease = self.sessions.lease().await?;
             let periods = inner.periods();
             let lock = format!(", pg_advisory_xact_lock_shared({}, {})", inner.class, periods.phase);
-            let sql = batch.statement(&inner.schema, &periods, ", pg_current_xact_id()::text");
-            let (begin, values) = (begin_within(timeout, &lock), batch.values());
+            let (begin, xid) = (begin_within(timeout, &lock), ", pg_current_xact_id()::text");
+            if let Some(sql) = plain(effect, &inner.schema, &periods, xid) {
+                // One message for all of it.
+                let said = lease.simple_query(&format!("{begin}; {sql}")).await;
+                match claimed(said, &periods)? {
+                    None => {
+                        inner.reread().await?;
+                        continue;
+                    }
+                    Some(Some(transaction)) => return Ok(Some((lease, transaction))),
+                    Some(None) => {
+                        lease.batch_execute("ROLLBACK").await?;
+                        lease.keep();
+                        return Ok(None);
+                    }
+                }
+            }
+            let (sql, values) = (batch.statement(&inner.schema, &periods, xid), batch.values());
             let (begun, rows) = join(lease.batch_execute(&begin), lease.query_typed(&sql, &values)).await;
             begun?;
             let Some(rows) = super::current(rows, &periods, 0)? else {
@@ -266,23 +283,25 @@ impl Transactions {
         }
         // Done only in the transaction that recorded the event. It fails where the handler went on after a failed statement:
         // COMMIT alone would roll back and say nothing.
-        let (sql, mut values) = if rows.is_empty() {
-            (format!("SELECT 0::bigint WHERE {}", same(1)), Vec::new())
+        let sent = if rows.is_empty() {
+            // One message for both.
+            let sql = format!("SELECT 0 WHERE {}; COMMIT", same(&format!("'{transaction}'")));
+            let sent = lease.simple_query(&sql).await;
+            sent.map(|sent| sent.iter().any(|message| matches!(message, SimpleQueryMessage::Row(_))).then_some(0))
         } else {
-            (rows.statement(&inner.schema, &same(8)), rows.values().to_vec())
+            let (sql, mut values) = (rows.statement(&inner.schema, &same("$8")), rows.values().to_vec());
+            values.push((&transaction, Type::TEXT));
+            let (sent, ended) = join(lease.query_typed(&sql, &values), lease.batch_execute("COMMIT")).await;
+            sent.and_then(|sent| ended.map(|()| sent.first().map(|row| row.get(0))))
         };
-        values.push((&transaction, Type::TEXT));
-        let (sent, ended) = join(lease.query_typed(&sql, &values), lease.batch_execute("COMMIT")).await;
-        let why = match sent.and_then(|sent| ended.map(|()| sent)) {
-            Ok(sent) if sent.is_empty() => {
-                "the handler ended the store's transaction: BEGIN, COMMIT and ROLLBACK are not its own".into()
-            }
-            Ok(sent) => {
+        let why = match sent {
+            Ok(None) => "the handler ended the store's transaction: BEGIN, COMMIT and ROLLBACK are not its own".into(),
+            Ok(Some(base)) => {
                 lease.keep();
                 if let Some(seen) = effect.seen {
                     inner.trust(&seen.identity);
                 }
-                let ids = rows.ids(sent.first().map_or(0, |row| row.get(0)));
+                let ids = rows.ids(base);
                 drop(rows);
                 return Ok(Ended::Recorded(Recorded::Fresh(Committed(()), ids), out));
             }
@@ -297,13 +316,33 @@ impl Transactions {
     }
 }
 
+/// The transaction that recorded its event; none within where the event is known, none at all where the phase is over.
+fn claimed(
+    said: Result<Vec<SimpleQueryMessage>, tokio_postgres::Error>,
+    periods: &Periods,
+) -> Result<Option<Option<String>>, StoreError> {
+    let said = match said {
+        Ok(said) => said,
+        // The table of a period that was dropped since.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    // The row before it is that of the beginning.
+    let row = said.iter().rev().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let current = row.filter(|row| row.get(0) == Some(&periods.phase.to_string()));
+    Ok(current.map(|row| row.get(2).filter(|_| row.get(1) == Some("t")).map(str::to_owned)))
+}
+
 /// No longer than any call of the store.
 async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
     tokio::time::timeout(PATIENCE, work).await.map_err(|_| silent())?
 }
 
-/// Whether the transaction is still the one that is named by this parameter.
-fn same(n: u32) -> String {
-    format!("pg_current_xact_id_if_assigned()::text = ${n}")
+/// Whether the transaction is still the one that is named here.
+fn same(name: &str) -> String {
+    format!("pg_current_xact_id_if_assigned()::text = {name}")
 }
