@@ -1,8 +1,8 @@
 //! Handlers inside the store's transaction: their SQL, the inbox row and what they send commit or roll back together.
 //!
 //! Each event has a transaction of its own; several run side by side and share the flush of the server's log. Batches with
-//! savepoints were measured too (docs/performance.md): not faster, and a slow, deadlocked or failing event would hold or undo
-//! its neighbours.
+//! savepoints were measured too (docs/performance.md): faster on one connection, where handlers wait for each other; on several
+//! they deadlock, and a slow or failing event would hold or undo its neighbours.
 //!
 //! The inbox row comes first: where two workers hold the same event, the second waits for the first one's end and finds it
 //! done.
