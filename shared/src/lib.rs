@@ -14,6 +14,7 @@ pub mod fleet;
 pub mod json;
 pub mod lane;
 pub mod pattern;
+pub mod process;
 pub mod retry;
 pub mod schedule;
 pub mod structured;
