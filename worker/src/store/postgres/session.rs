@@ -112,11 +112,14 @@ pub(super) fn begin(more: &str) -> String {
     begin_within(Duration::from_secs(15), more)
 }
 
-/// The same, where a statement may take so long; and who holds the transaction open may be silent not much longer.
+/// The same, where a statement may take so long; and who holds the transaction open may be silent not much longer. Where the
+/// server's default is not to wait for its disk, this one waits: what is acked afterwards exists nowhere else.
 pub(super) fn begin_within(statement: Duration, more: &str) -> String {
     let (statement, silence) = (statement.as_millis(), statement.as_millis() + 5_000);
     format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config('lock_timeout', '5s', true),
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config('synchronous_commit',
+             CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true),
+         set_config('lock_timeout', '5s', true),
          set_config('statement_timeout', '{statement}ms', true),
          set_config('idle_in_transaction_session_timeout', '{silence}ms', true){more}"
     )

@@ -152,6 +152,19 @@ async fn pools_share_a_database_and_nothing_else() {
     assert!(b.adopt(Left::Silent(Duration::ZERO)).await.expect("answers").is_empty());
 }
 
+#[tokio::test]
+async fn a_commit_waits_for_the_disk_whatever_the_default_is() {
+    let pool = Pool::new();
+    let open = async |setting: &str| {
+        let url = format!("{}?options=-c%20synchronous_commit%3D{setting}", URL.as_str());
+        let server = Server::parse(&Secret::new(url)).expect("a URL");
+        let store = Postgres::open(&server, &pool.0, setting, Duration::from_secs(10)).await.expect("it opens");
+        let rows = store.0.write("SELECT current_setting('synchronous_commit')", &[]).await.expect("answers");
+        rows[0].get::<_, String>(0)
+    };
+    assert_eq!((open("off").await.as_str(), open("local").await.as_str()), ("on", "local"));
+}
+
 #[test]
 fn names_of_schemas_are_short_and_different() {
     let long = |end: char| format!("{}{end}", "p".repeat(63));
@@ -281,7 +294,7 @@ impl Model {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(12))]
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(6))]
     #[test]
     fn two_workers_and_every_change_of_period_agree_with_the_simplest_inbox(
         batches in proptest::collection::vec(
