@@ -115,7 +115,11 @@ impl Pipeline {
 
     /// The rows of the outbox that a commit made.
     fn rows(&self, id: Id, recorded: &Recorded, out: &[Message]) -> Vec<Row> {
-        let (Recorded::Fresh(_, rows), Some(job)) = (recorded, self.jobs.get(&id)) else { return Vec::new() };
+        let (rows, job) = match (recorded, self.jobs.get(&id)) {
+            (Recorded::Recovered(_, rows), _) => return rows.clone(),
+            (Recorded::Fresh(_, rows), Some(job)) => (rows, job),
+            _ => return Vec::new(),
+        };
         let partition = &job.ticket.place().queue;
         let row =
             |(id, message): (&i64, &Message)| Row { id: *id, partition: partition.clone(), message: message.clone() };
@@ -130,7 +134,7 @@ impl Pipeline {
 
     fn settle(&mut self, id: Id, recorded: Recorded, handled: &mut [u64]) {
         let (proof, fact) = match recorded {
-            Recorded::Fresh(proof, _) => (proof, Fact::Committed),
+            Recorded::Fresh(proof, _) | Recorded::Recovered(proof, _) => (proof, Fact::Committed),
             Recorded::Superseded(proof) => (proof, Fact::Superseded),
         };
         if fact == Fact::Committed {

@@ -97,6 +97,9 @@ pub struct Effect {
 pub enum Recorded {
     /// It is durable; the outbox rows have these ids, in the order of `out`.
     Fresh(Committed, Vec<i64>),
+    /// It was durable already: an earlier call did it, whose answer was lost. These rows of the outbox are still to be published,
+    /// as they stand there: what is recorded once more may look different (a dead letter says when).
+    Recovered(Committed, Vec<Row>),
     /// Another copy's outcome was there first; this one was dropped whole.
     Superseded(Committed),
 }

@@ -218,39 +218,35 @@ impl Inner {
         recorded: Vec<(&Effect, Option<Vec<i64>>)>,
     ) -> Result<Vec<Recorded>, StoreError> {
         let mut answer = Vec::with_capacity(recorded.len());
-        for (effect, mut fresh) in recorded {
+        for (effect, fresh) in recorded {
             let doubtful = effect.seen.map(|seen| seen.identity).filter(|identity| self.doubts(identity));
-            if let Some(identity) = doubtful {
-                if fresh.is_none() {
-                    let rows = self.rows_of(lease, &identity).await?;
-                    // Another worker's outcome may send something else.
-                    let ours = rows.iter().map(|row| &row.message).eq(&effect.out);
-                    fresh = if ours { Some(self.take_back(lease, &rows).await?) } else { None };
+            answer.push(match (fresh, doubtful) {
+                (Some(rows), doubtful) => {
+                    doubtful.inspect(|identity| self.trust(identity));
+                    Recorded::Fresh(Committed(()), rows)
                 }
-                self.trust(&identity);
-            }
-            answer.push(match fresh {
-                Some(rows) => Recorded::Fresh(Committed(()), rows),
-                None => Recorded::Superseded(Committed(())),
+                (None, Some(identity)) => self.recover(lease, &identity).await?,
+                (None, None) => Recorded::Superseded(Committed(())),
             });
         }
         Ok(answer)
     }
 
-    /// The rows that an event's commit sends.
-    async fn rows_of(&self, lease: &Lease, cause: &Identity) -> Result<Vec<Row>, StoreError> {
-        let sql =
-            format!("SELECT id, partition, envelope, body FROM {}.outbox WHERE cause = $1 ORDER BY id", self.schema);
-        lease.query_typed(&sql, &[(&uuid(cause), Type::UUID)]).await?.iter().map(row).collect()
-    }
-
-    /// Makes rows ours again: who took us for dead may have adopted them, and the key's next event is to come after them.
-    async fn take_back(&self, lease: &Lease, rows: &[Row]) -> Result<Vec<i64>, StoreError> {
-        let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
-        let sql =
-            format!("UPDATE {}.outbox SET worker = $1 WHERE id = ANY($2) AND worker <> $1 RETURNING 1", self.schema);
-        lease.query_typed(&sql, &[(&self.worker, Type::TEXT), (&ids, Type::INT8_ARRAY)]).await?;
-        Ok(ids)
+    /// An outcome that may be our own: its rows, if they are still there, are made ours again. Who took us for dead may have
+    /// adopted them, and the key's next event is to come after them. Where it was another's after all, its rows go out twice
+    /// under the same ids.
+    async fn recover(&self, lease: &Lease, cause: &Identity) -> Result<Recorded, StoreError> {
+        let sql = format!(
+            "UPDATE {}.outbox SET worker = $1 WHERE cause = $2 RETURNING id, partition, envelope, body",
+            self.schema
+        );
+        let values: Values<'_> = &[(&self.worker, Type::TEXT), (&uuid(cause), Type::UUID)];
+        let rows = lease.query_typed(&sql, values).await?;
+        let mut rows = rows.iter().map(row).collect::<Result<Vec<Row>, _>>()?;
+        rows.sort_unstable_by_key(|row| row.id);
+        self.trust(cause);
+        let proof = Committed(());
+        Ok(if rows.is_empty() { Recorded::Superseded(proof) } else { Recorded::Recovered(proof, rows) })
     }
 
     fn uncertain(&self) -> MutexGuard<'_, HashSet<Identity>> {

@@ -250,21 +250,15 @@ impl Transactions {
 
     /// The event has an outcome: another's, or our own whose answer was lost. Then its rows are still ours to publish.
     async fn known<E>(&self, effect: &Effect) -> Result<Ended<E>, StoreError> {
-        let (inner, mut recorded) = (&self.inner, Recorded::Superseded(Committed(())));
-        let mut out = Vec::new();
-        if let Some(seen) = effect.seen
-            && inner.doubts(&seen.identity)
+        let mut recorded = Recorded::Superseded(Committed(()));
+        if let Some(Seen { identity, .. }) = effect.seen
+            && self.inner.doubts(&identity)
         {
             let lease = self.sessions.lease().await?;
-            let rows = inner.rows_of(&lease, &seen.identity).await?;
-            if !rows.is_empty() {
-                recorded = Recorded::Fresh(Committed(()), inner.take_back(&lease, &rows).await?);
-                out = rows.into_iter().map(|row| row.message).collect();
-            }
+            recorded = self.inner.recover(&lease, &identity).await?;
             lease.keep();
-            inner.trust(&seen.identity);
         }
-        Ok(Ended::Recorded(recorded, out))
+        Ok(Ended::Recorded(recorded, Vec::new()))
     }
 
     /// Records what it sends, and commits.
