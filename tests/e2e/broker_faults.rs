@@ -54,7 +54,8 @@ async fn survives(lab: &Lab, fault: impl AsyncFnOnce(&Lab) -> anyhow::Result<()>
     let recorded = lab.recorded().await?;
     let mut workers = [lab.worker()?, lab.worker()?];
     let events = events(4000, 40);
-    let mut sender = lab.sender(&events, &["--rate", "300"])?;
+    // Half a minute of events: a broker may take ten seconds to start.
+    let mut sender = lab.sender(&events, &["--rate", "150"])?;
     lab.progressed(600, PATIENCE).await?;
     fault(lab).await?;
     let up = Instant::now();
