@@ -29,7 +29,7 @@ impl Sink {
         channel.queue_declare(queue.as_str().into(), options, FieldTable::default()).await?;
         let bind = QueueBindOptions::default();
         channel.queue_bind(queue.as_str().into(), exchange.into(), pattern.into(), bind, FieldTable::default()).await?;
-        let (heard, url) = (sink.heard.clone(), url.to_owned());
+        let (heard, url) = (Arc::downgrade(&sink.heard), url.to_owned());
         let mut current = Some((connection, channel));
         tokio::spawn(async move {
             loop {
@@ -40,6 +40,8 @@ impl Sink {
                     let Ok(mut consumer) = consuming.await else { continue };
                     while let Some(Ok(delivery)) = consumer.next().await {
                         let tag = delivery.delivery_tag;
+                        // Nobody listens any more: the next test's sink has the same name.
+                        let Some(heard) = heard.upgrade() else { return };
                         if let Ok(incoming) = codec::read(delivery).read(Limits::default(), String::new)
                             && let Ok(mut heard) = heard.lock()
                         {
@@ -49,6 +51,9 @@ impl Sink {
                     }
                 }
                 tokio::time::sleep(Duration::from_millis(200)).await;
+                if heard.strong_count() == 0 {
+                    return;
+                }
                 let connected = lapin::Connection::connect(&url, lapin::ConnectionProperties::default()).await;
                 if let Ok(connection) = connected
                     && let Ok(channel) = connection.create_channel().await

@@ -107,15 +107,23 @@ impl Process {
     /// It has ended.
     pub async fn freeze(&self) -> anyhow::Result<()> {
         self.signal(rustix::process::Signal::STOP)?;
+        while !self.stands_still()? {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
+    /// Whether each of its threads is stopped by a signal.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn stands_still(&self) -> anyhow::Result<bool> {
         let tasks = format!("/proc/{}/task", self.pid().context("the process has ended")?);
         let stands = |entry: std::io::Result<std::fs::DirEntry>| {
             let stat = entry.and_then(|entry| std::fs::read_to_string(entry.path().join("stat"))).unwrap_or_default();
             stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
         };
-        while !std::fs::read_dir(&tasks)?.all(stands) {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        Ok(())
+        Ok(std::fs::read_dir(&tasks)?.all(stands))
     }
 
     /// Kills it with SIGKILL and waits until it is gone.
