@@ -61,12 +61,9 @@ pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode>
     let read = environment().and_then(|mut map| {
         keep_own(&mut map, reader, also);
         let settings = Settings::read(&map)?;
-        match &settings.database {
-            Database::Postgres(url) => {
-                Postgres::parse(url).map_err(|problem| vec![Mistake { variable: "DATABASE_URL".into(), problem }])?
-            }
-            Database::Sqlite(_) => return Ok((map, settings)),
-        };
+        if let Database::Postgres(url) = &settings.database {
+            Postgres::parse(url).map_err(|problem| vec![Mistake { variable: "DATABASE_URL".into(), problem }])?;
+        }
         Ok((map, settings))
     });
     match read {

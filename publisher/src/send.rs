@@ -13,7 +13,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use warren_shared::Message;
 use warren_shared::env::Settings;
 use warren_shared::event::Unreadable;
-use warren_shared::wire::LANE;
 
 /// What to send and how.
 #[derive(Clone, Debug)]
@@ -244,11 +243,7 @@ impl Feeder {
 
     fn message(&self, line: &Line) -> Result<Message, Unreadable> {
         let event = self.order.reading.event(line, self.settings.limits)?;
-        let mut message = Message::write(&event, &self.order.exchange);
-        if let Some(lane) = self.order.lane.as_deref().or(event.lane()) {
-            message.set(LANE, lane);
-        }
-        Ok(message)
+        Ok(Message::to_lane(&event, &self.order.exchange, self.order.lane.as_deref()))
     }
 }
 
@@ -363,17 +358,11 @@ impl Screen {
 }
 
 /// Says once when publishing stalls and why, and once when it goes on.
-async fn report(mut health: tokio::sync::watch::Receiver<Health>, bar: ProgressBar) {
-    let mut before = Health::Open;
-    while health.changed().await.is_ok() {
-        let now = health.borrow_and_update().clone();
-        if now != before {
-            bar.suspend(|| match &now {
-                Health::Open => eprintln!("publishing goes on"),
-                Health::Connecting => eprintln!("the connection is lost: connecting again, nothing is lost meanwhile"),
-                Health::Blocked(why) => eprintln!("the broker blocks publishing ({why}): waiting until it clears"),
-            });
-            before = now;
-        }
-    }
+async fn report(health: tokio::sync::watch::Receiver<Health>, bar: ProgressBar) {
+    let tell = |now: &Health| match now {
+        Health::Open => eprintln!("publishing goes on"),
+        Health::Connecting => eprintln!("the connection is lost: connecting again, nothing is lost meanwhile"),
+        Health::Blocked(why) => eprintln!("the broker blocks publishing ({why}): waiting until it clears"),
+    };
+    Health::follow(health, |now| bar.suspend(|| tell(now))).await;
 }

@@ -430,6 +430,13 @@ mod tests {
     }
 
     #[test]
+    fn the_store_remembers_longer_than_a_copy_may_wait() {
+        assert!(read(&[("WARREN_RETENTION", "30h")]).is_ok());
+        let mistakes = read(&[("WARREN_RETENTION", "29h")]).expect_err("too short");
+        assert!(mistakes[0].to_string().starts_with("WARREN_RETENTION: '29h' is shorter than 30h"), "{mistakes:?}");
+    }
+
+    #[test]
     fn a_subscription_names_the_bus_or_an_exchange() {
         let settings = read(&[("WARREN_SUBSCRIBE", "order.#, theirs:a.*")]).expect("valid");
         let pairs: Vec<_> = settings.subscribe.iter().map(|s| (s.exchange.as_str(), s.pattern.as_str())).collect();

@@ -221,6 +221,16 @@ impl Message {
         Ok(event)
     }
 
+    /// The event in binary form, for this exchange, asking for a lane: this one, else the one that its priority asks for.
+    #[must_use]
+    pub fn to_lane(event: &Event, exchange: &str, lane: Option<&str>) -> Self {
+        let mut message = Self::write(event, exchange);
+        if let Some(lane) = lane.or(event.lane()) {
+            message.set(LANE, lane);
+        }
+        message
+    }
+
     /// The event in binary form, for this exchange. Its key is what the partition is chosen by.
     #[must_use]
     pub fn write(event: &Event, exchange: &str) -> Self {

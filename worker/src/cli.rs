@@ -26,7 +26,8 @@ struct Cli {
 enum Command {
     /// Run the worker; SIGTERM drains it, a second one interrupts what runs
     Run,
-    /// Check configuration, routes, store, broker and topology; report all problems at once, change nothing
+    /// Check configuration, routes, store, broker and topology; report all problems at once. Declares nothing; a store that is
+    /// not there yet is made
     Check,
     /// Show the topology and what the broker has of it
     Topology {

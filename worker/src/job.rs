@@ -277,11 +277,7 @@ impl Job {
 
 /// An event on its way to the bus.
 pub(crate) fn outgoing(event: &Event) -> Message {
-    let mut message = Message::write(event, BUS);
-    if let Some(lane) = event.lane() {
-        message.set(LANE, lane);
-    }
-    message
+    Message::to_lane(event, BUS, None)
 }
 
 impl House {

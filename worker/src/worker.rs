@@ -407,3 +407,16 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handler_inside_the_transaction_is_a_mistake_where_the_store_has_none() {
+        let settings = Settings::read(&std::collections::BTreeMap::new()).expect("the defaults are valid");
+        let built = Worker::builder(settings).handle_tx("a.b", |_, _, _| async { Ok(Reply::done()) }).build();
+        let mistakes = built.expect_err("SQLite");
+        assert!(mistakes[0].contains("'a.b'") && mistakes[0].contains("needs PostgreSQL"), "{mistakes:?}");
+    }
+}

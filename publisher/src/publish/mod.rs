@@ -85,6 +85,20 @@ pub enum Health {
     Blocked(String),
 }
 
+impl Health {
+    /// Tells of every change, for as long as the publisher lives.
+    pub(crate) async fn follow(mut health: watch::Receiver<Self>, mut tell: impl FnMut(&Self)) {
+        let mut before = Self::Open;
+        while health.changed().await.is_ok() {
+            let now = health.borrow_and_update().clone();
+            if now != before {
+                tell(&now);
+                before = now;
+            }
+        }
+    }
+}
+
 /// Messages published at once, in one chunk: awaiting each publish before the next costs a thread hop a message.
 const CHUNK: usize = 256;
 

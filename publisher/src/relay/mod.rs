@@ -271,17 +271,11 @@ impl Relay {
 }
 
 /// Says once when publishing stalls and why, and once when it goes on.
-async fn report(mut health: watch::Receiver<Health>) {
-    let mut before = Health::Open;
-    while health.changed().await.is_ok() {
-        let now = health.borrow_and_update().clone();
-        if now != before {
-            match &now {
-                Health::Open => tracing::info!("publishing goes on"),
-                Health::Connecting => tracing::warn!("no broker: connecting again, the rows wait"),
-                Health::Blocked(why) => tracing::warn!(why, "the broker takes nothing for now, the rows wait"),
-            }
-            before = now;
-        }
-    }
+async fn report(health: watch::Receiver<Health>) {
+    let tell = |now: &Health| match now {
+        Health::Open => tracing::info!("publishing goes on"),
+        Health::Connecting => tracing::warn!("no broker: connecting again, the rows wait"),
+        Health::Blocked(why) => tracing::warn!(why, "the broker takes nothing for now, the rows wait"),
+    };
+    Health::follow(health, tell).await;
 }

@@ -5,7 +5,6 @@ use serde_json::Value as Json;
 use tokio_postgres::Error;
 use warren_shared::event::{Event, Limits, Unreadable, Value};
 use warren_shared::topology::BUS;
-use warren_shared::wire::LANE;
 use warren_shared::{Message, lane};
 
 /// A row that waits.
@@ -84,11 +83,7 @@ impl Columns {
             return Err(wrong("lane", format!("is '{lane}', which is not a name of a-z, 0-9 and -, at most 32 long")));
         }
         let event = self.event(limits)?;
-        let mut message = Message::write(&event, BUS);
-        if let Some(lane) = lane.as_deref().or(event.lane()) {
-            message.set(LANE, lane);
-        }
-        Ok(message)
+        Ok(Message::to_lane(&event, BUS, lane.as_deref()))
     }
 
     fn event(self, limits: Limits) -> Result<Event, Unreadable> {
@@ -158,6 +153,7 @@ fn wrong(name: &str, problem: String) -> Unreadable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use warren_shared::wire::LANE;
 
     fn columns() -> Columns {
         Columns {

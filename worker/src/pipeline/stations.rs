@@ -92,51 +92,35 @@ impl Pipeline {
         metrics::observe(names::COMMIT_SECONDS, since.elapsed().as_secs_f64());
         metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
         let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
-        let answer =
-            answer.map(|all| all.into_iter().zip(effects.into_iter().map(|effect| effect.out)).collect::<Vec<_>>());
-        // Before any ack: a hand-over that sees the last one waits for these rows.
-        if let Ok(all) = &answer {
-            let rows = ids.iter().zip(all).flat_map(|(id, (recorded, out))| self.rows(*id, recorded, out));
-            self.relay(rows.collect());
-        }
+        let mut relay = Vec::new();
+        let ended = |(recorded, effect): (Recorded, Effect)| ended(recorded, &effect.partition, effect.out, &mut relay);
+        let answer = answer.map(|all| all.into_iter().zip(effects).map(ended).collect());
+        self.relay(relay);
         let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
-        self.answered(Station::Commit, ids, answer, |s, id, (recorded, _)| s.settle(id, recorded, &mut handled));
+        self.answered(Station::Commit, ids, answer, |s, id, ended| s.settle(id, ended, &mut handled));
         self.count(&handled);
     }
 
     /// The handler's transaction recorded it.
     pub(super) fn recorded(&mut self, id: Id, recorded: Recorded, out: Vec<Message>) {
         fault::point("after-commit");
-        self.relay(self.rows(id, &recorded, &out));
+        let Some(job) = self.jobs.get(&id) else { return };
+        let mut relay = Vec::new();
+        let ended = ended(recorded, &job.ticket.place().queue, out, &mut relay);
+        self.relay(relay);
         let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
-        self.settle(id, recorded, &mut handled);
+        self.settle(id, ended, &mut handled);
         self.count(&handled);
     }
 
-    /// The rows of the outbox that a commit made.
-    fn rows(&self, id: Id, recorded: &Recorded, out: &[Message]) -> Vec<Row> {
-        let (rows, job) = match (recorded, self.jobs.get(&id)) {
-            (Recorded::Recovered(_, rows), _) => return rows.clone(),
-            (Recorded::Fresh(_, rows), Some(job)) => (rows, job),
-            _ => return Vec::new(),
-        };
-        let partition = &job.ticket.place().queue;
-        let row =
-            |(id, message): (&i64, &Message)| Row { id: *id, partition: partition.clone(), message: message.clone() };
-        rows.iter().zip(out).map(row).collect()
-    }
-
+    /// Before any ack: a hand-over that sees the last one waits for these rows.
     fn relay(&self, rows: Vec<Row>) {
         if !rows.is_empty() {
             self.parts.outbox.push(rows);
         }
     }
 
-    fn settle(&mut self, id: Id, recorded: Recorded, handled: &mut [u64]) {
-        let (proof, fact) = match recorded {
-            Recorded::Fresh(proof, _) | Recorded::Recovered(proof, _) => (proof, Fact::Committed),
-            Recorded::Superseded(proof) => (proof, Fact::Superseded),
-        };
+    fn settle(&mut self, id: Id, (proof, fact): (Committed, Fact), handled: &mut [u64]) {
         if fact == Fact::Committed {
             self.tally(id, handled);
         } else {
@@ -411,5 +395,21 @@ impl Pipeline {
     pub(super) fn handler_name(&self, job: &Job) -> String {
         let route = job.route().and_then(|route| self.parts.routes.get(route));
         route.map(|route| route.on.to_string()).unwrap_or_default()
+    }
+}
+
+/// What a record means for its event; the rows of the outbox that it made are added to those to relay.
+fn ended(recorded: Recorded, partition: &Arc<str>, out: Vec<Message>, relay: &mut Vec<Row>) -> (Committed, Fact) {
+    match recorded {
+        Recorded::Fresh(proof, ids) => {
+            let row = |(id, message)| Row { id, partition: partition.clone(), message };
+            relay.extend(ids.into_iter().zip(out).map(row));
+            (proof, Fact::Committed)
+        }
+        Recorded::Recovered(proof, mut rows) => {
+            relay.append(&mut rows);
+            (proof, Fact::Committed)
+        }
+        Recorded::Superseded(proof) => (proof, Fact::Superseded),
     }
 }

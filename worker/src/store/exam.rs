@@ -15,6 +15,24 @@ pub(super) struct Candidate {
     pub(super) _keep: Box<dyn std::any::Any + Send>,
 }
 
+/// What the inbox must answer, in the simplest way: the outcome of each event, and up to which replay it is dead.
+#[derive(Default)]
+pub(super) struct Model(HashMap<u16, Option<u32>>);
+
+impl Model {
+    pub(super) fn knows(&self, id: u16, replayed: u32) -> bool {
+        self.0.get(&id).is_some_and(|death| death.is_none_or(|until| until >= replayed))
+    }
+
+    pub(super) fn record(&mut self, id: u16, replayed: u32, outcome: Outcome) -> bool {
+        let fresh = !self.knows(id, replayed);
+        if fresh {
+            self.0.insert(id, (outcome == Outcome::Dead).then_some(replayed));
+        }
+        fresh
+    }
+}
+
 /// Makes a test of every case, so that a failure says which one.
 macro_rules! exam {
     ($candidate:expr) => {

@@ -1,4 +1,4 @@
-//! The store: what the fleet remembers. One trait, one exam (`exam.rs`), one file an implementation.
+//! The store: what the fleet remembers. One trait, one exam (`exam.rs`), one directory an implementation.
 //!
 //! Architecture invariant: SQL stands in this directory only, and only this directory makes a [`Committed`].
 mod postgres;
@@ -159,8 +159,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// This kind of store has none.
-    fn transactions(&self, most: usize) -> Result<Transactions, StoreError> {
-        let _ = most;
+    fn transactions(&self, _most: usize) -> Result<Transactions, StoreError> {
         Err(StoreError::NoTransactions)
     }
 }

@@ -15,7 +15,7 @@ pub use self::tx::{Transactions, Tx, TxError};
 
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
-use self::session::{Lease, PATIENCE, Sessions, Values, begin};
+use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
 use super::{Committed, Effect, Left, Recorded, Reply, Row, Seen, Start, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,12 +60,10 @@ impl Postgres {
         let (identity, periods) = loop {
             let opened = async {
                 let lease = sessions.lease().await?;
-                let opened = match schema::migrate(&lease, &schema, pool).await {
-                    Ok(identity) => (identity, Periods::read(&lease, &schema).await?),
-                    Err(error) => return Err(error),
-                };
+                let identity = schema::migrate(&lease, &schema, pool).await?;
+                let periods = Periods::read(&lease, &schema).await?;
                 lease.keep();
-                Ok(opened)
+                Ok((identity, periods))
             };
             match tokio::time::timeout(patience.max(PATIENCE), opened).await {
                 Ok(Ok(opened)) => break opened,
@@ -99,10 +97,7 @@ impl Postgres {
         Fut: Future<Output = Result<T, StoreError>> + Send,
     {
         let inner = self.0.clone();
-        let task = tokio::spawn(async move {
-            let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
-            tokio::time::timeout(PATIENCE, work(inner)).await.map_err(|_| silent())?
-        });
+        let task = tokio::spawn(async move { in_time(work(inner)).await });
         Box::pin(async move { task.await.map_err(|_| StoreError::Unavailable("the call was broken off".into()))? })
     }
 }
@@ -112,9 +107,9 @@ impl Inner {
         self.periods.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// A transaction of a phase holds its lock.
-    fn begin(&self, periods: &Periods) -> String {
-        begin(&format!(", pg_advisory_xact_lock_shared({}, {})", self.class, periods.phase))
+    /// A transaction of a phase holds its lock: what its beginning selects.
+    fn lock(&self, periods: &Periods) -> String {
+        format!(", pg_advisory_xact_lock_shared({}, {})", self.class, periods.phase)
     }
 
     /// Reads the periods again: the phase was over.
@@ -185,7 +180,7 @@ impl Inner {
         periods: &Periods,
         effects: &'e [Effect],
     ) -> Result<Option<Vec<(&'e Effect, Option<Vec<i64>>)>>, StoreError> {
-        let (begin, chunks) = (self.begin(periods), chunks(effects));
+        let (begin, chunks) = (begin(&self.lock(periods)), chunks(effects));
         let mut recorded = Vec::with_capacity(effects.len());
         // Mostly there is but one chunk: then all of it goes in one flight.
         let many = chunks.len() > 1;

@@ -4,8 +4,8 @@ use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, Recycli
 use futures_util::future::join3;
 use std::ops::Deref;
 use std::time::Duration;
+use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Row, Statement};
 use warren_publisher::postgres::{Postgres as Server, problem};
 
 /// How long a call may take; the server is told less, so that it gives up first.
@@ -58,14 +58,6 @@ impl Lease {
         self.0 = None;
     }
 
-    /// A handler's statement, prepared once a connection.
-    pub(super) async fn prepared(&self, sql: &str) -> Result<Statement, tokio_postgres::Error> {
-        match &self.0 {
-            Some(object) => object.prepare_cached(sql).await,
-            None => self.prepare(sql).await,
-        }
-    }
-
     /// One statement in a transaction, all in one flight.
     pub(super) async fn transact(
         &self,
@@ -82,9 +74,9 @@ impl Lease {
 }
 
 impl Deref for Lease {
-    type Target = Client;
+    type Target = Object;
 
-    fn deref(&self) -> &Client {
+    fn deref(&self) -> &Object {
         match &self.0 {
             Some(object) => object,
             None => unreachable!("only `keep` takes it, and it consumes the lease"),
@@ -104,6 +96,12 @@ impl From<tokio_postgres::Error> for StoreError {
     fn from(error: tokio_postgres::Error) -> Self {
         Self::Unavailable(format!("PostgreSQL: {}", problem(&error)))
     }
+}
+
+/// Work of the store, no longer than any call may take.
+pub(super) async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
+    tokio::time::timeout(PATIENCE, work).await.map_err(|_| silent())?
 }
 
 /// The beginning of a transaction, with more to select. Nothing is set for the session and no statement has a name: the next

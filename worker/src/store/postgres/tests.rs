@@ -2,7 +2,7 @@
 //! `scripts/postgres`.
 use super::*;
 use crate::store::Outcome;
-use crate::store::exam::{Candidate, exam};
+use crate::store::exam::{Candidate, Model, exam};
 use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -274,24 +274,6 @@ async fn the_time_to_remember_a_replay_begins_anew() {
         assert!(knows(&store, "1", 0).await);
     }
     assert_eq!(pool.number("SELECT min(period) FROM {s}.periods").await, 1);
-}
-
-/// What the inbox must answer, in the simplest way: the outcome of each event, and up to which replay it is dead.
-#[derive(Default)]
-struct Model(HashMap<u16, Option<u32>>);
-
-impl Model {
-    fn knows(&self, id: u16, replayed: u32) -> bool {
-        self.0.get(&id).is_some_and(|death| death.is_none_or(|until| until >= replayed))
-    }
-
-    fn record(&mut self, id: u16, replayed: u32, outcome: Outcome) -> bool {
-        let fresh = !self.knows(id, replayed);
-        if fresh {
-            self.0.insert(id, (outcome == Outcome::Dead).then_some(replayed));
-        }
-        fresh
-    }
 }
 
 proptest::proptest! {

@@ -9,7 +9,7 @@
 use super::Inner;
 use super::periods::Periods;
 use super::record::{Batch, Out, plain};
-use super::session::{Lease, PATIENCE, Sessions, begin_within};
+use super::session::{Lease, Sessions, begin_within, in_time};
 use crate::store::{Committed, Effect, Outcome, Recorded, Seen, StoreError};
 use futures_util::future::join;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -64,7 +64,7 @@ impl Tx {
     /// # Errors
     /// The server refused it.
     pub async fn execute(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<u64, TxError> {
-        self.run(async |lease| lease.execute(&lease.prepared(sql).await?, values).await).await
+        self.run(async |lease| lease.execute(&lease.prepare_cached(sql).await?, values).await).await
     }
 
     /// Runs a query.
@@ -72,7 +72,7 @@ impl Tx {
     /// # Errors
     /// The server refused it.
     pub async fn query(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, TxError> {
-        self.run(async |lease| lease.query(&lease.prepared(sql).await?, values).await).await
+        self.run(async |lease| lease.query(&lease.prepare_cached(sql).await?, values).await).await
     }
 
     /// Runs a query that has at most one row.
@@ -80,7 +80,7 @@ impl Tx {
     /// # Errors
     /// The server refused it, or there are more.
     pub async fn query_opt(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Option<Row>, TxError> {
-        self.run(async |lease| lease.query_opt(&lease.prepared(sql).await?, values).await).await
+        self.run(async |lease| lease.query_opt(&lease.prepare_cached(sql).await?, values).await).await
     }
 
     /// Runs a query that has one row.
@@ -88,7 +88,7 @@ impl Tx {
     /// # Errors
     /// The server refused it, or there are more or none.
     pub async fn query_one(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Result<Row, TxError> {
-        self.run(async |lease| lease.query_one(&lease.prepared(sql).await?, values).await).await
+        self.run(async |lease| lease.query_one(&lease.prepare_cached(sql).await?, values).await).await
     }
 
     /// Runs a query whose parameters' types are named, without preparing it: also where a pooler deals out connections by
@@ -213,8 +213,7 @@ impl Transactions {
         loop {
             let lease = self.sessions.lease().await?;
             let periods = inner.periods();
-            let lock = format!(", pg_advisory_xact_lock_shared({}, {})", inner.class, periods.phase);
-            let (begin, xid) = (begin_within(timeout, &lock), ", pg_current_xact_id()::text");
+            let (begin, xid) = (begin_within(timeout, &inner.lock(&periods)), ", pg_current_xact_id()::text");
             if let Some(sql) = plain(effect, &inner.schema, &periods, xid) {
                 // One message for all of it.
                 let said = lease.simple_query(&format!("{begin}; {sql}")).await;
@@ -295,9 +294,8 @@ impl Transactions {
                 if let Some(seen) = effect.seen {
                     inner.trust(&seen.identity);
                 }
-                let ids = rows.ids(base);
-                drop(rows);
-                return Ok(Ended::Recorded(Recorded::Fresh(Committed(()), ids), out));
+                let recorded = Recorded::Fresh(Committed(()), rows.ids(base));
+                return Ok(Ended::Recorded(recorded, out));
             }
             Err(error) if passes(&error) => return Err(error.into()),
             Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
@@ -328,12 +326,6 @@ fn claimed(
     });
     let current = row.filter(|row| row.get(0) == Some(&periods.phase.to_string()));
     Ok(current.map(|row| row.get(2).filter(|_| row.get(1) == Some("t")).map(str::to_owned)))
-}
-
-/// No longer than any call of the store.
-async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
-    tokio::time::timeout(PATIENCE, work).await.map_err(|_| silent())?
 }
 
 /// Whether the transaction is still the one that is named here.

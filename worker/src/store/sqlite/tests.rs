@@ -1,7 +1,7 @@
 //! The exam, and what only a file can do wrong.
 use super::*;
 use crate::store::Outcome;
-use crate::store::exam::{Candidate, exam};
+use crate::store::exam::{Candidate, Model, exam};
 use std::sync::Barrier;
 
 fn candidate() -> Candidate {
@@ -145,24 +145,6 @@ async fn the_file_is_durable_by_its_settings() {
     assert_eq!(ask("synchronous").await.expect("answers"), rusqlite::types::Value::Integer(2));
 }
 
-/// What the inbox must answer, in the simplest way: the outcome of each event, and up to which replay it is dead.
-#[derive(Default)]
-struct Model(std::collections::HashMap<u16, Option<u32>>);
-
-impl Model {
-    fn knows(&self, id: u16, replayed: u32) -> bool {
-        self.0.get(&id).is_some_and(|death| death.is_none_or(|until| until >= replayed))
-    }
-
-    fn record(&mut self, id: u16, replayed: u32, outcome: Outcome) -> bool {
-        let fresh = !self.knows(id, replayed);
-        if fresh {
-            self.0.insert(id, (outcome == Outcome::Dead).then_some(replayed));
-        }
-        fresh
-    }
-}
-
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
     #[test]
@@ -236,6 +218,39 @@ async fn what_is_too_little_for_a_run_is_forgotten_too() {
     assert_eq!(store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers"), 10);
     assert_eq!((known(&store, &old).await, known(&store, &young).await), (0, 20));
     assert_eq!(deaths(&store).await, 20);
+}
+
+#[tokio::test]
+async fn every_old_outcome_and_start_is_counted_as_it_goes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
+    store.commit(Arc::new(named("old", 2000, Outcome::Done))).await.expect("takes them");
+    store.start(vec![Identity::of("/tests", "old start")]).await.expect("answers");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let moment = Instant::now();
+    store.commit(Arc::new(named("young", 2000, Outcome::Done))).await.expect("takes them");
+    store.start(vec![Identity::of("/tests", "young start")]).await.expect("answers");
+    let mut gone = 0;
+    for _ in 0..256 {
+        gone += store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
+    }
+    assert_eq!(gone, 2001);
+}
+
+#[tokio::test]
+async fn a_file_belongs_to_the_pool_that_used_it_first() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let open = |worker: &str| Sqlite::open(&path, worker).expect("it opens");
+    for worker in ["a", "b"] {
+        open(worker).of_pool("orders").await.expect("it is ours");
+    }
+    match open("c").of_pool("payments").await {
+        Err(StoreError::Open { cause, cure, .. }) => {
+            assert!(cause.contains("'orders'") && cause.contains("'payments'") && cure.contains("DATABASE_URL"));
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test]
