@@ -5,6 +5,7 @@
 //!            unreadable ─▶ Burying ── confirmed ─────────────────▶ Safe
 //! Received ─ early ──────▶ Parking ── confirmed ─(Leaving)───────▶ Safe
 //!            fresh ──────▶ Running ── succeeded ─▶ Succeeded ─────▶ Safe     (committed, or superseded)
+//!                             ▲                       └ outdated: the state that it rests on has changed
 //!            redelivered ▶ Suspected ─ recorded ─▶ Running | Condemned
 //!                          Running ── failed ────▶ Parking | Holding ─▶ Running | Condemned
 //!                                                  Condemned ─────▶ Safe     (committed, or superseded)
@@ -38,7 +39,7 @@ pub enum State {
         after: Duration,
     },
     /// The handler succeeded; the effect is being recorded.
-    Succeeded,
+    Succeeded(Run),
     /// It will not be tried again; verdict and dead letter are being recorded.
     Condemned(Doom),
     /// A copy is on its way to a delay queue.
@@ -172,6 +173,8 @@ pub enum Fact {
     Committed,
     /// Another copy's outcome was recorded first; ours was dropped whole.
     Superseded,
+    /// The state that the effect rests on was changed by another event meanwhile; ours was dropped whole.
+    Outdated,
     /// The broker has the copy.
     Confirmed,
     /// The record of the start is gone.
@@ -255,7 +258,7 @@ impl State {
             Self::Suspected { .. } => Action::Record,
             Self::Running(run) => Action::Run(run),
             Self::Holding { run, after } => Action::Hold(run, after),
-            Self::Succeeded => Action::CommitDone,
+            Self::Succeeded(_) => Action::CommitDone,
             Self::Condemned(why) => Action::CommitDead(why),
             Self::Parking { after, attempt, .. } => Action::Park { after, attempt },
             Self::Burying => Action::Bury,
@@ -298,7 +301,7 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
             record: Record::Present,
         }),
 
-        (S::Running(_), F::Succeeded) => S::Succeeded,
+        (S::Running(run), F::Succeeded) => S::Succeeded(run),
         (S::Running(run), F::Failed { failure, chance }) => {
             match (law.retry.judge(run.attempt, failure, chance), law.wait) {
                 (Verdict::Retry(after), Wait::InLadder) => {
@@ -321,7 +324,9 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Suspected { .. } | S::Received | S::Burying | S::Safe, F::Gone) => S::Abandoned,
 
         // An outcome is recorded even where the channel is gone: the redelivery finds it.
-        (S::Succeeded | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,
+        (S::Succeeded(_) | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,
+        // The same attempt: it did not fail.
+        (S::Succeeded(run), F::Outdated) => S::Running(run),
         (S::Parking { record, .. }, F::Confirmed) => leave(record, Exit::Safe),
         (S::Burying, F::Confirmed) => S::Safe,
 

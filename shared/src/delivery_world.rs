@@ -29,7 +29,8 @@ pub(super) enum Content {
     Garbage,
 }
 
-/// How often it may still go wrong: deaths of the process, lost channels and drains, broken actions, early arrivals.
+/// How often it may still go wrong: deaths of the process, lost channels and drains, broken actions, early arrivals, states
+/// that change meanwhile.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Trouble {
     pub(super) crashes: u32,
@@ -38,6 +39,8 @@ pub(super) struct Trouble {
     pub(super) breaks: u32,
     /// Arrivals before their time.
     pub(super) early: u32,
+    /// Effects that rest on a state which another event changes.
+    pub(super) outdated: u32,
 }
 
 #[derive(Debug)]
@@ -99,7 +102,7 @@ impl World {
             failed: 0,
             effects: 0,
             letters: 0,
-            runs: (0, law.retry.attempts * chains),
+            runs: (0, law.retry.attempts * chains + left.outdated),
             deliveries: (0, law.retry.attempts * chains + left.early),
             left,
             nested: false,
@@ -209,6 +212,9 @@ impl World {
             }
             Action::CommitDone => {
                 assert_eq!(life.result, Some(Fact::Succeeded), "done without success: {life:?}");
+                if self.outcome.is_none() && self.spend(oracle, |t| &mut t.outdated) {
+                    return Fact::Outdated;
+                }
                 self.commit(Outcome::Done)
             }
             Action::CommitDead(doom) => {

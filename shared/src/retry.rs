@@ -1,4 +1,5 @@
 //! When to try again, when to stop, and which delay queue the wait is spent in.
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Why a handler did not succeed.
@@ -23,7 +24,7 @@ pub enum Verdict {
 }
 
 /// Exponential back-off with full jitter and a bound on attempts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
     /// Attempts allowed, the first included.
     pub attempts: u32,

@@ -1,16 +1,17 @@
 //! A delivery on its way through the worker: what it is, and what its outcome writes.
 use crate::consumer::{Proof, Ticket};
 use crate::handler::Reply;
-use crate::store::{Effect, Entry, Outcome, Recorded, Seen};
+use crate::store::{Effect, Entry, Kept, Outcome, Recorded, Seen};
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_shared::dead::{self, Cause, Scene};
 use warren_shared::delivery::{Action, Doom, Fact, State};
+use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
 use warren_shared::topology::{BUS, Topology};
 use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
-use warren_shared::{Event, Identity, Incoming, Message, Unreadable};
+use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
 #[derive(Debug)]
@@ -44,6 +45,10 @@ pub(crate) struct Job {
     pub(crate) key: Option<u64>,
     /// What the handler returned.
     pub(crate) reply: Reply,
+    /// The state that its handler waits for.
+    pub(crate) needs: Option<Uuid>,
+    /// The state that its handler was given.
+    pub(crate) kept: Option<(Uuid, Option<Kept>)>,
     /// What its handler's transaction recorded, and what the rows of that send.
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
@@ -93,6 +98,7 @@ pub(crate) enum Mark {
 pub(crate) struct House {
     pub(crate) topology: Topology,
     pub(crate) worker: String,
+    pub(crate) limits: Limits,
 }
 
 impl Job {
@@ -127,6 +133,8 @@ impl Job {
             known: None,
             key: None,
             reply: Reply::default(),
+            needs: None,
+            kept: None,
             recorded: None,
             error: String::new(),
             proof: None,
@@ -196,18 +204,34 @@ impl Job {
     pub(crate) fn effect(&self, house: &House, handler: impl Fn() -> String) -> Option<Effect> {
         let event = self.event()?;
         let (outcome, out) = match self.state.action() {
-            Action::CommitDone => (Outcome::Done, self.reply.emit.iter().map(outgoing).collect()),
+            Action::CommitDone => (Outcome::Done, self.sent(event, house)),
             Action::CommitDead(doom) => {
                 let cause = self.cause(doom, handler());
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
                 let lane = &self.ticket.place().lane_name;
                 let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
-                (Outcome::Dead, vec![letter])
+                let failed = Failed { reason: cause.reason.into(), error: cause.error };
+                let answer = answer(event, Err(&failed), &house.topology.pool, house.limits);
+                (Outcome::Dead, [letter].into_iter().chain(answer.as_ref().map(outgoing)).collect())
             }
             _ => return None,
         };
         let partition = self.ticket.place().queue.clone();
-        Some(Effect { seen: self.seen(), outcome, started: self.started(), partition, out })
+        let change = if outcome == Outcome::Done { self.reply.change.clone() } else { None };
+        Some(Effect { seen: self.seen(), outcome, started: self.started(), partition, out, change })
+    }
+
+    /// What its success sends: what the handler emits, the answer to a process, and what this pool gets after a time.
+    fn sent(&self, event: &Event, house: &House) -> Vec<Message> {
+        let Reply { emit, later, result, .. } = &self.reply;
+        let mut sent: Vec<Message> = emit.iter().map(outgoing).collect();
+        let answer = answer(event, Ok(result.as_ref()), &house.topology.pool, house.limits);
+        sent.extend(answer.as_ref().map(outgoing));
+        sent.extend(later.iter().map(|(after, event)| {
+            let lane = event.lane().map(str::to_owned);
+            delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())
+        }));
+        sent
     }
 
     /// What a transaction of its handler records.
@@ -240,10 +264,7 @@ impl Job {
     pub(crate) fn copy(&self, house: &House, now_ms: i64) -> Option<Message> {
         match (self.state.action(), &self.content) {
             (Action::Park { after, attempt }, Content::Event { event, replayed, .. }) => {
-                let mut message = Message::write(event, &house.topology.delay(Step::toward(after)));
-                message.set(ATTEMPT, attempt);
-                message.set(LANE, self.ticket.place().lane_name.as_str());
-                message.set(DUE, now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
+                let mut message = delayed(house, event, after, now_ms, attempt, Some(&self.ticket.place().lane_name));
                 if *replayed > 0 {
                     message.set(REPLAYED, *replayed);
                 }
@@ -273,6 +294,34 @@ impl Job {
     pub(crate) fn age(&self) -> Duration {
         self.since.elapsed()
     }
+}
+
+/// An event that comes to the pool after a time.
+fn delayed(house: &House, event: &Event, after: Duration, now_ms: i64, attempt: u32, lane: Option<&str>) -> Message {
+    let mut message = Message::to_lane(event, &house.topology.delay(Step::toward(after)), lane);
+    message.set(ATTEMPT, attempt);
+    message.set(DUE, now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
+    message
+}
+
+/// The answer to a process, where the event asks for a step of one.
+pub(crate) fn answer(
+    event: &Event,
+    outcome: Result<Option<&serde_json::Value>, &Failed>,
+    pool: &str,
+    limits: Limits,
+) -> Option<Event> {
+    if !wire::asks(event) {
+        return None;
+    }
+    let (source, time) = (format!("/warren/{pool}"), jiff::Timestamp::now().to_string());
+    let answer = wire::answer(event, outcome, &source, &time, limits);
+    // The step is done, whatever its result looks like.
+    let bare = |error: Unreadable| {
+        tracing::warn!(id = event.id(), r#type = event.kind(), %error, "the result of event '{}' is left out", event.id());
+        wire::answer(event, outcome.map(|_| None), &source, &time, limits).ok()
+    };
+    answer.map_or_else(bare, Some)
 }
 
 /// An event on its way to the bus.

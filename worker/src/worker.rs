@@ -278,7 +278,7 @@ impl Worker {
             routes: routes.clone(),
             handlers: handlers.clone(),
             law: config::law(&settings),
-            house: House { topology: topology.clone(), worker: name.clone() },
+            house: House { topology: topology.clone(), worker: name.clone(), limits: settings.limits },
             context: Context { timeout: config::TIMEOUT, pool: settings.pool.as_str().into(), limits: settings.limits },
             concurrency: settings.concurrency,
             owned: settings.order == Order::Key,

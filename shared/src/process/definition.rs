@@ -1,6 +1,7 @@
 //! A process as it was defined, checked before it runs.
 use crate::pattern::Pattern;
 use crate::retry::Policy;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use std::time::Duration;
 const TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A step as it is written.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Draft {
     /// Its name.
     pub name: String,
@@ -22,8 +23,10 @@ pub struct Draft {
     pub timeout: Option<Duration>,
     /// How often and when it is asked for again; once where nothing is said.
     pub retry: Option<Policy>,
-    /// Whether a condition decides if it runs.
-    pub conditional: bool,
+    /// The condition that decides whether it runs, in jq.
+    pub when: Option<String>,
+    /// What makes the data of the event that asks for it, in jq.
+    pub with: Option<String>,
     /// Whether the process goes on without it where it fails.
     pub optional: bool,
     /// Whether it stays as it is when the process is taken back.
@@ -47,8 +50,10 @@ pub struct Step {
     pub timeout: Duration,
     /// How often and when it is asked for again.
     pub retry: Policy,
-    /// Whether a condition decides if it runs.
-    pub conditional: bool,
+    /// The condition that decides whether it runs, in jq.
+    pub when: Option<String>,
+    /// What makes the data of the event that asks for it, in jq.
+    pub with: Option<String>,
     /// Whether the process goes on without it where it fails.
     pub optional: bool,
 }
@@ -190,7 +195,8 @@ fn arranged(drafts: Vec<Draft>, order: &[usize]) -> Vec<Step> {
             before: (0..afters.len()).filter(|other| afters[*other].contains(&at)).collect(),
             timeout: draft.timeout.unwrap_or(TIMEOUT),
             retry: draft.retry.unwrap_or(Policy { attempts: 1, ..Policy::default() }),
-            conditional: draft.conditional,
+            when: draft.when.clone(),
+            with: draft.with.clone(),
             optional: draft.optional,
         }
     };

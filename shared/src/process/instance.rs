@@ -406,7 +406,7 @@ impl Turn<'_> {
             if !ready {
                 continue;
             }
-            match if defined.conditional { judge(step) } else { Some(true) } {
+            match if defined.when.is_some() { judge(step) } else { Some(true) } {
                 Some(true) => drop(self.ask(step, Direction::Do, 1)),
                 Some(false) => self.go(step, Place::Skipped),
                 None => self.give_up(step, 1),

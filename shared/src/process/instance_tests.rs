@@ -18,7 +18,7 @@ fn definition() -> Definition {
     let retry = Some(Policy { attempts: 2, ..Policy::default() });
     let drafts = vec![
         draft("a", &[]),
-        Draft { conditional: true, ..draft("b", &["a"]) },
+        Draft { when: Some("true".into()), ..draft("b", &["a"]) },
         Draft { retry, ..draft("c", &["a"]) },
         draft("d", &["b"]),
         Draft { optional: true, undo: None, last: true, ..draft("e", &["c", "d"]) },

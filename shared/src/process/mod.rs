@@ -4,6 +4,7 @@
 //! law here says what is asked for when; who evaluates conditions, keeps instances and sends events is the worker.
 mod definition;
 mod instance;
+pub mod wire;
 
 pub use definition::{Definition, Draft, Mistake, Step};
 pub use instance::{Command, Direction, End, Fact, Going, Instance, Place, Wait};

@@ -91,7 +91,9 @@ impl Said<'_> {
             None => "the program gave no 'error'".into(),
         };
         match text(status).as_deref() {
-            Some("done") => Ok(Outcome::Done(Reply { result: self.result(call)?, emit: self.emit(call)? })),
+            Some("done") => {
+                Ok(Outcome::Done(Reply { result: self.result(call)?, emit: self.emit(call)?, ..Reply::default() }))
+            }
             Some("retry") => Ok(Outcome::Retry { error: error(), after: self.after()? }),
             Some("dead") => Ok(Outcome::Dead { error: error() }),
             _ => Err(format!("'status' is {}, not one of: done, retry, dead", plain(status.get(), 32))),
@@ -144,7 +146,7 @@ mod tests {
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let context = Context { timeout: Duration::from_secs(5), pool: "p".into(), limits: Default::default() };
-        Call { event: event.expect("valid"), attempt: 3, context, entry: Default::default() }
+        Call { event: event.expect("valid"), attempt: 3, context, entry: Default::default(), kept: None }
     }
 
     fn outcome(rest: &str) -> Outcome {
@@ -198,7 +200,7 @@ mod tests {
     fn null_is_as_good_as_absent() {
         let done =
             outcome(",\"status\":\"done\",\"error\":null,\"after\":null,\"result\":null,\"emit\":null,\"more\":1");
-        assert!(matches!(done, Outcome::Done(Reply { result: None, emit }) if emit.is_empty()));
+        assert!(matches!(done, Outcome::Done(Reply { result: None, emit, .. }) if emit.is_empty()));
         let retry = outcome(",\"status\":\"retry\",\"error\":null,\"after\":null");
         assert!(matches!(retry, Outcome::Retry { error, after: None } if error.contains("no 'error'")));
     }

@@ -12,10 +12,11 @@ pub use rust::{Failure, Rust};
 pub use tx::InTx;
 
 use crate::config::{Kind, Route};
-use crate::store::{Entry, Recorded, StoreError, Transactions};
+use crate::store::{Change, Entry, Kept, Recorded, StoreError, Transactions};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 use warren_shared::Message;
 use warren_shared::event::{Event, Limits, Unreadable};
 use warren_shared::structured::Defaults;
@@ -31,6 +32,8 @@ pub struct Call {
     pub context: Context,
     /// What is recorded of it where the handler runs inside the store's transaction.
     pub(crate) entry: Entry,
+    /// The state that it asked for, where it did.
+    pub(crate) kept: Option<(Uuid, Option<Kept>)>,
 }
 
 /// What surrounds a call.
@@ -63,6 +66,8 @@ pub enum Outcome {
     },
     /// The call was ended from outside and does not count.
     Interrupted,
+    /// It needs this state first: it is called again with it.
+    Needs(Uuid),
     /// It succeeded, or was known, inside the store's transaction, which has ended.
     Recorded {
         /// What became of it.
@@ -81,6 +86,10 @@ pub struct Reply {
     pub result: Option<serde_json::Value>,
     /// Events to publish, in this order.
     pub emit: Vec<Event>,
+    /// Events for this pool, each after a time.
+    pub(crate) later: Vec<(Duration, Event)>,
+    /// What becomes of the state that the call was given.
+    pub(crate) change: Option<Change>,
 }
 
 impl Reply {

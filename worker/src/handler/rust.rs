@@ -104,7 +104,7 @@ mod tests {
     {
         let event = Event::new("1", "/tests", "a.b").expect("valid");
         let context = Context { timeout: Duration::from_millis(50), pool: "p".into(), limits: Limits::default() };
-        Rust::new(function).handle(Call { event, attempt: 1, context, entry: Default::default() }).await
+        Rust::new(function).handle(Call { event, attempt: 1, context, entry: Default::default(), kept: None }).await
     }
 
     #[tokio::test]

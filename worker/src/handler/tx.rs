@@ -1,7 +1,7 @@
 //! Handlers that are Rust functions inside the store's transaction.
 use super::rust::{Failure, ended};
 use super::{Call, Context, Handler, Outcome, Reply};
-use crate::job::outgoing;
+use crate::job::{answer, outgoing};
 use crate::metrics::{self, names};
 use crate::pipeline::chance;
 use crate::store::{Ended, Transactions, Tx};
@@ -63,13 +63,15 @@ impl Handler for Running {
             let mut pause = SHORTEST;
             loop {
                 let (event, context, timeout) = (call.event.clone(), call.context.clone(), call.context.timeout);
+                let (cause, pool, limits) = (event.clone(), context.pool.clone(), context.limits);
                 // The result stays beside the transaction, which knows only what it sends.
                 let mut result = None;
                 let work = async |tx: Tx| {
                     let function = function.clone();
                     match ended(timeout, async move { function(event, tx, context).await }).await {
                         Outcome::Done(reply) => {
-                            let out = reply.emit.iter().map(outgoing).collect();
+                            let answer = answer(&cause, Ok(reply.result.as_ref()), &pool, limits);
+                            let out = reply.emit.iter().chain(&answer).map(outgoing).collect();
                             result = reply.result;
                             Ok(out)
                         }

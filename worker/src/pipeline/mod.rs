@@ -15,7 +15,7 @@ use crate::handler::{self, Context, Handler};
 use crate::job::{House, Job, Mark, Place};
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
-use crate::store::{Committed, Effect, Recorded, Row, Start, Store, StoreError};
+use crate::store::{Committed, Effect, Kept, Recorded, Row, Start, Store, StoreError};
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
@@ -46,6 +46,7 @@ const AHEAD: usize = 1024;
 enum News {
     Adopted(u64, Result<Vec<Row>, StoreError>),
     Looked(Vec<Id>, Result<Vec<Option<Committed>>, StoreError>),
+    Loaded(Vec<Id>, Result<Vec<Option<Kept>>, StoreError>),
     Started(Vec<Id>, Result<Vec<Start>, StoreError>),
     Unstarted(Vec<Id>, Result<(), StoreError>),
     Committed(Vec<Id>, Arc<Vec<Effect>>, Instant, Result<Vec<Recorded>, StoreError>),
@@ -232,6 +233,7 @@ impl Pipeline {
         match news {
             News::Adopted(epoch, rows) => self.adopted(epoch, rows),
             News::Looked(ids, answer) => self.answered(Station::Look, ids, answer, Self::looked),
+            News::Loaded(ids, answer) => self.answered(Station::Load, ids, answer, Self::loaded),
             News::Started(ids, answer) => {
                 self.answered(Station::Start, ids, answer, Self::started);
             }

@@ -5,7 +5,7 @@ use crate::fault;
 use crate::handler::{self, Call, Context};
 use crate::job::Mark;
 use crate::metrics::{self, names};
-use crate::store::Start;
+use crate::store::{Kept, Start};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use std::time::{Duration, Instant};
@@ -50,7 +50,8 @@ impl Pipeline {
             return;
         };
         let context = Context { timeout: route.timeout, ..self.parts.context.clone() };
-        let call = handler.handle(Call { event, attempt: run.attempt, context, entry: job.entry() });
+        let kept = job.kept.clone();
+        let call = handler.handle(Call { event, attempt: run.attempt, context, entry: job.entry(), kept });
         self.calls.push(Started { id, call });
     }
 
@@ -100,6 +101,11 @@ impl Pipeline {
                 job.recorded = Some((recorded, out));
                 Fact::Succeeded
             }
+            // It runs again with what it asked for, in the same attempt.
+            handler::Outcome::Needs(state) => {
+                job.needs = Some(state);
+                return self.enqueue(Station::Load, id);
+            }
             handler::Outcome::Retry { error, after } => {
                 job.error = error;
                 failed(Failure::Transient { after })
@@ -123,6 +129,12 @@ impl Pipeline {
                 event.id()
             );
         }
+    }
+
+    pub(super) fn loaded(&mut self, id: Id, kept: Option<Kept>) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| matches!(job.state, State::Running(_))) else { return };
+        job.kept = job.needs.take().map(|state| (state, kept));
+        self.launch(id);
     }
 
     pub(super) fn hold(&mut self, id: Id, failed: u32, after: Duration) {

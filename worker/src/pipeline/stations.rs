@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 use warren_publisher::publish::Outcome as Published;
 use warren_shared::delivery::{self, Action, Fact, State};
 use warren_shared::{Identity, Message};
@@ -19,6 +20,7 @@ use warren_shared::{Identity, Message};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Station {
     Look,
+    Load,
     Start,
     Unstart,
     Commit,
@@ -26,8 +28,8 @@ pub(super) enum Station {
     Publish,
 }
 
-pub(super) const STATIONS: [Station; 6] =
-    [Station::Look, Station::Start, Station::Unstart, Station::Commit, Station::Relay, Station::Publish];
+pub(super) const STATIONS: [Station; 7] =
+    [Station::Look, Station::Load, Station::Start, Station::Unstart, Station::Commit, Station::Relay, Station::Publish];
 /// A transaction, a read or a chunk of publishes holds so many events at most.
 pub(super) const BATCH: usize = 256;
 
@@ -120,16 +122,22 @@ impl Pipeline {
         }
     }
 
-    fn settle(&mut self, id: Id, (proof, fact): (Committed, Fact), handled: &mut [u64]) {
-        if fact == Fact::Committed {
-            self.tally(id, handled);
-        } else {
-            metrics::count(names::DUPLICATES, 1);
-        }
+    fn settle(&mut self, id: Id, (proof, fact): (Option<Committed>, Fact), handled: &mut [u64]) {
         if let Some(job) = self.jobs.get_mut(&id) {
-            job.proof = Some(Proof::Committed(proof));
+            job.proof = proof.map(Proof::Committed);
+            job.kept = None;
         }
-        if fact == Fact::Committed { self.fact(id, fact) } else { self.known(id, fact) }
+        match fact {
+            Fact::Committed => {
+                self.tally(id, handled);
+                self.fact(id, fact);
+            }
+            Fact::Superseded => {
+                metrics::count(names::DUPLICATES, 1);
+                self.known(id, fact);
+            }
+            _ => self.fact(id, fact),
+        }
     }
 
     fn count(&self, handled: &[u64]) {
@@ -239,7 +247,7 @@ impl Pipeline {
         match answer {
             Ok(values) => {
                 // A full disk can still be read.
-                if station != Station::Look {
+                if !matches!(station, Station::Look | Station::Load) {
                     self.parts.pulse.store_fails.store(false, Ordering::Relaxed);
                 }
                 self.rested(station);
@@ -332,6 +340,11 @@ impl Pipeline {
                 let asked: Vec<Seen> = ids.iter().filter_map(|id| self.jobs.get(id)?.seen()).collect();
                 self.ask(async move { News::Looked(ids, store.look(asked).await) });
             }
+            Station::Load => {
+                let wanted = |id: &Id| self.jobs.get(id)?.needs;
+                let states: Vec<Uuid> = ids.iter().filter_map(wanted).collect();
+                self.ask(async move { News::Loaded(ids, store.load(states).await) });
+            }
             Station::Start => {
                 let events = self.suspects(&ids);
                 self.ask(async move { News::Started(ids, store.start(events).await) });
@@ -399,17 +412,23 @@ impl Pipeline {
 }
 
 /// What a record means for its event; the rows of the outbox that it made are added to those to relay.
-fn ended(recorded: Recorded, partition: &Arc<str>, out: Vec<Message>, relay: &mut Vec<Row>) -> (Committed, Fact) {
+fn ended(
+    recorded: Recorded,
+    partition: &Arc<str>,
+    out: Vec<Message>,
+    relay: &mut Vec<Row>,
+) -> (Option<Committed>, Fact) {
     match recorded {
         Recorded::Fresh(proof, ids) => {
             let row = |(id, message)| Row { id, partition: partition.clone(), message };
             relay.extend(ids.into_iter().zip(out).map(row));
-            (proof, Fact::Committed)
+            (Some(proof), Fact::Committed)
         }
         Recorded::Recovered(proof, mut rows) => {
             relay.append(&mut rows);
-            (proof, Fact::Committed)
+            (Some(proof), Fact::Committed)
         }
-        Recorded::Superseded(proof) => (proof, Fact::Superseded),
+        Recorded::Superseded(proof) => (Some(proof), Fact::Superseded),
+        Recorded::Outdated => (None, Fact::Outdated),
     }
 }

@@ -1,4 +1,6 @@
 //! The exam that every store passes, a case a function; [`exam!`] makes a test of each.
+mod states;
+
 use super::{Effect, Left, Outcome, Recorded, Row, Seen, Start, Store};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -53,6 +55,12 @@ macro_rules! exam {
             the_identity_is_the_store_s
             what_was_committed_outlives_the_worker
             of_racing_workers_one_commits
+            a_state_changes_with_its_event
+            what_rests_on_an_outdated_state_is_dropped_whole
+            of_two_changes_in_a_batch_the_second_is_outdated
+            a_known_event_changes_no_state
+            racing_workers_count_a_state_up_without_a_gap
+            states_are_listed_and_the_ended_ones_forgotten
             nothing_asked_is_nothing_done
         }
     };
@@ -66,6 +74,7 @@ macro_rules! exam {
     };
 }
 pub(super) use exam;
+pub(super) use states::*;
 
 fn identity(id: &str) -> Identity {
     Identity::of("/exam", id)
@@ -87,7 +96,14 @@ fn message(id: &str) -> Message {
 /// An event's success, which sends one message of the same id.
 fn done(id: &str) -> Effect {
     let partition = "p00".into();
-    Effect { seen: Some(seen(id, 0)), outcome: Outcome::Done, started: None, partition, out: vec![message(id)] }
+    Effect {
+        seen: Some(seen(id, 0)),
+        outcome: Outcome::Done,
+        started: None,
+        partition,
+        out: vec![message(id)],
+        change: None,
+    }
 }
 
 fn dead(id: &str, replayed: u32) -> Effect {

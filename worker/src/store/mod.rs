@@ -3,6 +3,7 @@
 //! Architecture invariant: SQL stands in this directory only, and only this directory makes a [`Committed`].
 mod postgres;
 mod sqlite;
+mod state;
 
 #[cfg(test)]
 mod exam;
@@ -10,10 +11,12 @@ mod exam;
 pub(crate) use postgres::{Ended, Entry};
 pub use postgres::{Postgres, Transactions, Tx, TxError};
 pub use sqlite::Sqlite;
+pub use state::{Change, Kept, Listed, State};
 
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 use warren_shared::{Identity, Message};
 
 /// Proof that an event's outcome is durable. Only the store makes one.
@@ -90,6 +93,8 @@ pub struct Effect {
     pub partition: Arc<str>,
     /// What it sends.
     pub out: Vec<Message>,
+    /// The state that it changes.
+    pub change: Option<Change>,
 }
 
 /// What became of an effect.
@@ -102,6 +107,8 @@ pub enum Recorded {
     Recovered(Committed, Vec<Row>),
     /// Another copy's outcome was there first; this one was dropped whole.
     Superseded(Committed),
+    /// The state that it changes is not the one that it rests on any more: nothing was recorded.
+    Outdated,
 }
 
 /// What is known of an event's earlier starts.
@@ -145,6 +152,12 @@ pub trait Store: Send + Sync + 'static {
     fn note(&self, event: Identity, failed: u32) -> Reply<()>;
     /// Records effects in one transaction, in their order.
     fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>>;
+    /// States, where there are any.
+    fn load(&self, ids: Vec<Uuid>) -> Reply<Vec<Option<Kept>>>;
+    /// Keeps a state for ever, unless there is one with this id.
+    fn keep(&self, id: Uuid, state: State) -> Reply<()>;
+    /// States of a kind, those that changed last first.
+    fn list(&self, listed: Listed) -> Reply<Vec<(Uuid, Kept)>>;
     /// Makes outbox rows ours and returns them in order.
     fn adopt(&self, left: Left) -> Reply<Vec<Row>>;
     /// Forgets rows that were published.

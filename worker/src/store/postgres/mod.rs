@@ -8,6 +8,7 @@ mod periods;
 mod record;
 mod schema;
 mod session;
+mod state;
 mod tx;
 
 pub(crate) use self::tx::{Ended, Entry};
@@ -16,7 +17,7 @@ pub use self::tx::{Transactions, Tx, TxError};
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
-use super::{Committed, Effect, Left, Recorded, Reply, Row, Seen, Start, Store, StoreError};
+use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -45,6 +46,16 @@ struct Inner {
     periods: Mutex<Arc<Periods>>,
     /// Events whose last commit may have happened although its answer never came.
     uncertain: Mutex<HashSet<Identity>>,
+}
+
+/// What a transaction made of an effect.
+enum Written {
+    /// It is new: the ids of its outgoing rows.
+    Fresh(Vec<i64>),
+    /// It was there.
+    Known,
+    /// Nothing: the state is another one.
+    Outdated,
 }
 
 impl Postgres {
@@ -173,22 +184,23 @@ impl Inner {
         }
     }
 
-    /// Records effects in one transaction: which are fresh, and the ids of their rows. None: the phase is over.
+    /// Records effects in one transaction. None: the phase is over.
     async fn record<'e>(
         &self,
         lease: &Lease,
         periods: &Periods,
         effects: &'e [Effect],
-    ) -> Result<Option<Vec<(&'e Effect, Option<Vec<i64>>)>>, StoreError> {
+    ) -> Result<Option<Vec<(&'e Effect, Written)>>, StoreError> {
         let (begin, chunks) = (begin(&self.lock(periods)), chunks(effects));
         let mut recorded = Vec::with_capacity(effects.len());
-        // Mostly there is but one chunk: then all of it goes in one flight.
-        let many = chunks.len() > 1;
+        // Mostly there is but one chunk, and no state: then all of it goes in one flight.
+        let many = chunks.len() > 1 || effects.iter().any(|effect| effect.change.is_some());
         if many {
             lease.batch_execute(&begin).await?;
         }
         for chunk in chunks {
-            let batch = Batch::of(chunk, &self.worker).map_err(unwritable)?;
+            let may = if many { state::current(lease, &self.schema, chunk).await? } else { Vec::new() };
+            let batch = Batch::of(chunk, &may, &self.worker).map_err(unwritable)?;
             let (sql, values) = (batch.statement(&self.schema, periods, ""), batch.values());
             let rows =
                 if many { lease.query_typed(&sql, &values).await } else { lease.transact(&begin, &sql, &values).await };
@@ -196,7 +208,12 @@ impl Inner {
             let fresh: HashSet<i32> = rows.iter().flat_map(|row| row.get::<_, Vec<i32>>(1)).collect();
             let mut ids = batch.rows(rows.first().map_or(0, |row| row.get(2)));
             for (n, effect) in (0..).zip(chunk) {
-                recorded.push((effect, fresh.contains(&n).then(|| ids.remove(&n).unwrap_or_default())));
+                let written = match may.get(n as usize) {
+                    Some(false) => Written::Outdated,
+                    _ if fresh.contains(&n) => Written::Fresh(ids.remove(&n).unwrap_or_default()),
+                    _ => Written::Known,
+                };
+                recorded.push((effect, written));
             }
         }
         if many {
@@ -207,21 +224,18 @@ impl Inner {
 
     /// What was superseded may have been so by our own commit, whose answer was lost: its outgoing rows are still to be
     /// published by us.
-    async fn resolve(
-        &self,
-        lease: &Lease,
-        recorded: Vec<(&Effect, Option<Vec<i64>>)>,
-    ) -> Result<Vec<Recorded>, StoreError> {
+    async fn resolve(&self, lease: &Lease, recorded: Vec<(&Effect, Written)>) -> Result<Vec<Recorded>, StoreError> {
         let mut answer = Vec::with_capacity(recorded.len());
-        for (effect, fresh) in recorded {
+        for (effect, written) in recorded {
             let doubtful = effect.seen.map(|seen| seen.identity).filter(|identity| self.doubts(identity));
-            answer.push(match (fresh, doubtful) {
-                (Some(rows), doubtful) => {
+            answer.push(match (written, doubtful) {
+                (Written::Fresh(rows), doubtful) => {
                     doubtful.inspect(|identity| self.trust(identity));
                     Recorded::Fresh(Committed(()), rows)
                 }
-                (None, Some(identity)) => self.recover(lease, &identity).await?,
-                (None, None) => Recorded::Superseded(Committed(())),
+                (Written::Known, Some(identity)) => self.recover(lease, &identity).await?,
+                (Written::Known, None) => Recorded::Superseded(Committed(())),
+                (Written::Outdated, _) => Recorded::Outdated,
             });
         }
         Ok(answer)
@@ -362,7 +376,10 @@ impl Inner {
             self.schema
         );
         let starts = self.write(&sql, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
-        Ok(gone + starts.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
+        let states = self.write(&state::prune(&self.schema), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        Ok(gone
+            + states.len() as u64
+            + starts.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
     }
 }
 
@@ -391,6 +408,38 @@ impl Store for Postgres {
                 let sending = asked.iter().filter(|effect| !effect.out.is_empty());
                 sending.filter_map(|effect| effect.seen).for_each(|seen| inner.doubt(seen.identity));
             })
+        })
+    }
+
+    fn load(&self, ids: Vec<Uuid>) -> Reply<Vec<Option<Kept>>> {
+        self.call(|inner| async move {
+            let rows = inner.write(&state::load(&inner.schema), &[(&ids, Type::UUID_ARRAY)]).await?;
+            let found: HashMap<Uuid, Kept> = rows.iter().map(state::kept).collect();
+            Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+        })
+    }
+
+    fn keep(&self, id: Uuid, state: State) -> Reply<()> {
+        self.call(move |inner| async move {
+            let State { kind, name, status, key, ended, body } = &state;
+            let values: Values<'_> = &[
+                (&id, Type::UUID),
+                (kind, Type::TEXT),
+                (name, Type::TEXT),
+                (status, Type::TEXT),
+                (key, Type::TEXT),
+                (ended, Type::BOOL),
+                (body, Type::BYTEA),
+            ];
+            inner.write(&state::keep(&inner.schema), values).await.map(drop)
+        })
+    }
+
+    fn list(&self, listed: Listed) -> Reply<Vec<(Uuid, Kept)>> {
+        self.call(move |inner| async move {
+            let most = i64::from(listed.most);
+            let rows = inner.write(&state::list(&inner.schema), &state::listed(&listed, &most)).await?;
+            Ok(rows.iter().map(state::kept).collect())
         })
     }
 

@@ -1,5 +1,6 @@
 //! Recording effects: one statement for many, in which the inbox decides who is fresh.
 use super::periods::Periods;
+use super::state::Changes;
 use crate::store::{Effect, Outcome, Seen};
 use std::collections::{HashMap, HashSet};
 use tokio_postgres::types::{ToSql, Type};
@@ -43,6 +44,7 @@ pub(super) struct Batch<'a> {
     started: Vec<Uuid>,
     replayed: i32,
     pub(super) out: Out<'a>,
+    changes: Changes<'a>,
 }
 
 /// Outgoing rows, column by column.
@@ -108,15 +110,16 @@ impl<'a> Out<'a> {
 }
 
 impl<'a> Batch<'a> {
-    pub(super) fn of(effects: &'a [Effect], worker: &'a str) -> Result<Self, serde_json::Error> {
+    pub(super) fn of(effects: &'a [Effect], may: &[bool], worker: &'a str) -> Result<Self, serde_json::Error> {
         let mut batch = Self { out: Out::of(worker), ..Self::default() };
-        for (n, effect) in (0..).zip(effects) {
+        for (n, effect) in (0..).zip(effects).filter(|(n, _)| may.get(*n as usize).is_none_or(|may| *may)) {
             let identity = effect.seen.map(|seen| uuid(&seen.identity));
             batch.numbers.push(n);
             batch.identities.push(identity);
             batch.dead.push(effect.outcome == Outcome::Dead);
             batch.started.extend(effect.started.as_ref().map(uuid));
             batch.replayed = effect.seen.map_or(0, |seen| i32::try_from(seen.replayed).unwrap_or(i32::MAX));
+            effect.change.iter().for_each(|change| batch.changes.push(n, change));
             for message in &effect.out {
                 batch.out.push(n, &effect.partition, identity, message)?;
             }
@@ -185,6 +188,10 @@ impl<'a> Batch<'a> {
         } else {
             (format!(", {}", sent(s, 6, "WHERE n IN (SELECT n FROM fresh)")), "(SELECT base FROM base)".to_owned())
         };
+        let changed = match self.changes.is_empty() {
+            true => String::new(),
+            false => format!(", {}", self.changes.part(s, 1 + self.values().len() - self.changes.values().len())),
+        };
         format!(
             "WITH e AS MATERIALIZED (SELECT n, identity, dead
                  FROM unnest($1::integer[], $2::uuid[], $3::boolean[]) AS e(n, identity, dead)
@@ -194,7 +201,7 @@ impl<'a> Batch<'a> {
                  ORDER BY identity ON CONFLICT DO NOTHING RETURNING identity),
              added AS ({added}),
              {also}
-             fresh AS MATERIALIZED (SELECT n FROM e WHERE identity IS NULL OR {fresh}){out}
+             fresh AS MATERIALIZED (SELECT n FROM e WHERE identity IS NULL OR {fresh}){out}{changed}
              SELECT (SELECT phase FROM {s}.phase), ARRAY(SELECT n FROM fresh), {base}{more}",
             phase = periods.phase,
         )
@@ -211,6 +218,9 @@ impl<'a> Batch<'a> {
         ];
         if !self.out.is_empty() {
             values.extend(self.out.values());
+        }
+        if !self.changes.is_empty() {
+            values.extend(self.changes.values());
         }
         values
     }
@@ -230,7 +240,8 @@ impl<'a> Batch<'a> {
 /// `more` beside them. None where the effect is of another kind.
 pub(super) fn plain(effect: &Effect, s: &str, periods: &Periods, more: &str) -> Option<String> {
     let ((period, None), Some(Seen { identity, replayed: 0 })) = (periods.open(), effect.seen) else { return None };
-    if effect.outcome != Outcome::Done || effect.started.is_some() || !effect.out.is_empty() {
+    if effect.outcome != Outcome::Done || effect.started.is_some() || !effect.out.is_empty() || effect.change.is_some()
+    {
         return None;
     }
     let (phase, identity) = (periods.phase, uuid(&identity));
@@ -270,7 +281,7 @@ mod tests {
     fn effect(id: &str, replayed: u32, size: usize) -> Effect {
         let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });
         let out = vec![Message { body: vec![0; size], ..Message::default() }];
-        Effect { seen, outcome: Outcome::Done, started: None, partition: "p00".into(), out }
+        Effect { seen, outcome: Outcome::Done, started: None, partition: "p00".into(), out, change: None }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The schema: its steps, who may work with it, and the one who brings it up to date.
 use super::periods;
 use super::session::{Lease, begin};
+use super::state;
 use crate::store::StoreError;
 
 /// A step, and the oldest version of the schema's users that may work beside it: where a step only adds, workers of the
@@ -10,8 +11,9 @@ struct Step {
     needs: i32,
 }
 
-const STEPS: [Step; 1] = [Step {
-    sql: "
+const STEPS: [Step; 2] = [
+    Step {
+        sql: "
     CREATE TABLE {s}.starts (identity uuid PRIMARY KEY, starts integer NOT NULL, failed integer NOT NULL,
         at timestamptz NOT NULL);
     CREATE INDEX ON {s}.starts (at);
@@ -22,8 +24,10 @@ const STEPS: [Step; 1] = [Step {
     ALTER TABLE {s}.outbox SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
     CREATE TABLE {s}.workers (id text PRIMARY KEY, seen timestamptz NOT NULL);
     ",
-    needs: 1,
-}];
+        needs: 1,
+    },
+    Step { sql: state::TABLE, needs: 1 },
+];
 
 /// What this version knows.
 pub(super) const KNOWN: i32 = STEPS.len() as i32;

@@ -90,7 +90,7 @@ exam!(candidate());
 
 fn effect(id: &str, outcome: Outcome, replayed: u32) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });
-    Effect { seen, outcome, started: None, partition: "p00".into(), out: vec![Message::default()] }
+    Effect { seen, outcome, started: None, partition: "p00".into(), out: vec![Message::default()], change: None }
 }
 
 async fn commit(store: &Postgres, effects: Vec<Effect>) -> Vec<bool> {
@@ -316,6 +316,7 @@ where
         Ended::Recorded(Recorded::Fresh(_, rows), out) => format!("fresh {} {}", rows.len(), out.len()),
         Ended::Recorded(Recorded::Recovered(_, rows), _) => format!("recovered {}", rows.len()),
         Ended::Recorded(Recorded::Superseded(_), _) => "superseded".into(),
+        Ended::Recorded(Recorded::Outdated, _) => "outdated".into(),
         Ended::Failed(why) => why,
     })
 }

@@ -173,6 +173,7 @@ impl Transactions {
             started: entry.started,
             partition: entry.partition.clone(),
             out: Vec::new(),
+            change: None,
         };
         let Some((lease, transaction)) = in_time(self.claim(&effect, timeout)).await? else {
             return in_time(self.known(&effect)).await;
@@ -209,7 +210,7 @@ impl Transactions {
     async fn claim(&self, effect: &Effect, timeout: Duration) -> Result<Option<(Lease, String)>, StoreError> {
         let inner = &self.inner;
         let effects = std::slice::from_ref(effect);
-        let batch = Batch::of(effects, &inner.worker).map_err(super::unwritable)?;
+        let batch = Batch::of(effects, &[], &inner.worker).map_err(super::unwritable)?;
         loop {
             let lease = self.sessions.lease().await?;
             let periods = inner.periods();

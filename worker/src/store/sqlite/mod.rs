@@ -3,25 +3,27 @@
 //! One thread owns the connection and does one call after the other; a batch is a call, a call is a transaction.
 mod filter;
 mod inbox;
+mod state;
 
 use self::inbox::{Fresh, Inbox};
-use super::{Committed, Effect, Left, Recorded, Reply, Row, Seen, Start, Store, StoreError};
+use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
+use uuid::Uuid;
 use warren_shared::{Identity, Message};
 
 /// The schema, a step an entry; a store remembers how many it has.
-const SCHEMA: [&str; 2] = [inbox::TABLES, "
+const SCHEMA: [&str; 3] = [inbox::TABLES, "
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, worker TEXT NOT NULL, partition TEXT NOT NULL,
         envelope TEXT NOT NULL, body BLOB NOT NULL);
     CREATE TABLE workers (id TEXT PRIMARY KEY, seen INTEGER NOT NULL) WITHOUT ROWID;
-"];
+", state::TABLE];
 
 /// How long a lock of another process is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -203,6 +205,11 @@ fn record(
     effect: &Effect,
     at: i64,
 ) -> rusqlite::Result<Recorded> {
+    if let Some(change) = &effect.change
+        && state::version(tx, &change.id)? != change.found
+    {
+        return Ok(Recorded::Outdated);
+    }
     if let Some(identity) = effect.started {
         tx.prepare_cached("DELETE FROM starts WHERE identity = ?1")?.execute([identity.as_bytes()])?;
     }
@@ -210,6 +217,9 @@ fn record(
         && !inbox.claim(tx, fresh, seen, effect.outcome, at)?
     {
         return Ok(Recorded::Superseded(Committed(())));
+    }
+    if let Some(change) = &effect.change {
+        state::write(tx, change, at)?;
     }
     let mut rows = Vec::with_capacity(effect.out.len());
     for message in &effect.out {
@@ -228,7 +238,10 @@ fn prune(desk: &mut Desk, slice: u8, before: i64) -> rusqlite::Result<u64> {
     let starts = tx
         .prepare_cached("DELETE FROM starts WHERE identity >= ?1 AND identity < ?2 AND at < ?3")?
         .execute(params![from, to, before])?;
-    let gone = starts as u64 + u64::try_from(inbox.prune(&tx, before)?).unwrap_or(0);
+    let states = tx
+        .prepare_cached("DELETE FROM states WHERE id >= ?1 AND id < ?2 AND ended AND changed < ?3")?
+        .execute(params![from, to, before])?;
+    let gone = (starts + states) as u64 + u64::try_from(inbox.prune(&tx, before)?).unwrap_or(0);
     tx.commit().map(|()| gone)
 }
 
@@ -299,6 +312,21 @@ impl Store for Sqlite {
             inbox.remember(fresh);
             Ok(recorded)
         })
+    }
+
+    fn load(&self, ids: Vec<Uuid>) -> Reply<Vec<Option<Kept>>> {
+        self.call(move |desk| ids.iter().map(|id| state::read(&desk.connection, id)).collect())
+    }
+
+    fn keep(&self, id: Uuid, state: State) -> Reply<()> {
+        self.run(move |tx| {
+            let change = super::Change { id, found: 0, state };
+            if state::version(tx, &change.id)? == 0 { state::write(tx, &change, now()) } else { Ok(()) }
+        })
+    }
+
+    fn list(&self, listed: Listed) -> Reply<Vec<(Uuid, Kept)>> {
+        self.call(move |desk| state::list(&desk.connection, &listed))
     }
 
     fn adopt(&self, left: Left) -> Reply<Vec<Row>> {

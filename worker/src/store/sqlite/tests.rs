@@ -16,7 +16,7 @@ exam!(candidate());
 fn effect(id: &str, size: usize) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed: 0 });
     let out = vec![Message { body: vec![b'x'; size], ..Message::default() }];
-    Effect { seen, outcome: Outcome::Done, started: None, partition: "p00".into(), out }
+    Effect { seen, outcome: Outcome::Done, started: None, partition: "p00".into(), out, change: None }
 }
 
 /// Cannot be opened; says why, and what to do.
@@ -167,7 +167,7 @@ proptest::proptest! {
             let outcome = |dice: u8| if dice == 0 { Outcome::Dead } else { Outcome::Done };
             let effects: Vec<Effect> = batch.iter().map(|(id, replayed, dice)| Effect {
                 seen: Some(seen((*id, *replayed))), outcome: outcome(*dice), started: None,
-                partition: "p00".into(), out: Vec::new(),
+                partition: "p00".into(), out: Vec::new(), change: None,
             }).collect();
             let known: Vec<bool> = batch.iter().map(|(id, replayed, _)| model.knows(*id, *replayed)).collect();
             let looked = runtime.block_on(stores[(who + 1) % 3].look(effects.iter().filter_map(|e| e.seen).collect()));

@@ -1,0 +1,239 @@
+//! The events between a process and those who do its steps.
+//!
+//! A step asks by the event `do`, and takes back by `undo`, with two extensions: `processid` (`<process>/<instance>`) and
+//! `processstep` (`charge`, `charge#2` for a second attempt, `undo.charge`). Whoever handled it answers with `<type>.done` or
+//! `<type>.failed` and the same extensions. A worker does so by itself.
+use super::Direction;
+use crate::event::{Event, Limits, Unreadable, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::fmt;
+use std::str::FromStr;
+use uuid::Uuid;
+
+/// The extension that names the instance.
+pub const INSTANCE: &str = "processid";
+/// The extension that names step, direction and attempt.
+pub const STEP: &str = "processstep";
+/// The types of what a process tells itself, and a person tells it.
+pub const OWN: &str = "warren.process.*";
+/// The type of a timer.
+pub const TIMER: &str = "warren.process.timer";
+/// The type of a person's order to take an instance back.
+pub const CANCEL: &str = "warren.process.cancel";
+/// The type of a person's order to go on with an instance that is stuck.
+pub const RESUME: &str = "warren.process.resume";
+
+/// The ending of an answer's type where the step was done.
+pub const DONE: &str = ".done";
+/// And where it failed.
+pub const FAILED: &str = ".failed";
+
+/// An instance by its name: `order/6f1c…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name {
+    /// The process.
+    pub process: String,
+    /// The instance.
+    pub id: Uuid,
+}
+
+/// An attempt at a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Try {
+    /// The step.
+    pub step: String,
+    /// Which way.
+    pub direction: Direction,
+    /// Which attempt, counted from 1.
+    pub attempt: u32,
+}
+
+/// Why a step failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// The word of the dead letter: `permanent`, `exhausted`, `crash`, `no-route`; or `unheard`, where nobody subscribes.
+    pub reason: String,
+    /// A sentence for a person.
+    #[serde(default)]
+    pub error: String,
+}
+
+impl Name {
+    /// The instance that an event starts: the same for the same event.
+    #[must_use]
+    pub fn started_by(process: &str, event: &Event) -> Self {
+        let id = event.identity().derive(&format!("process {process}"));
+        Self { process: process.into(), id: id.parse().unwrap_or_default() }
+    }
+
+    /// The instance that an event belongs to, if to any.
+    #[must_use]
+    pub fn of(event: &Event) -> Option<Self> {
+        match event.extension(INSTANCE)? {
+            Value::Text(text) => text.parse().ok(),
+            _ => None,
+        }
+    }
+
+    /// An id that is the same whenever the same thing is derived from the instance.
+    #[must_use]
+    pub fn derive(&self, what: &str) -> String {
+        Uuid::new_v5(&self.id, what.as_bytes()).to_string()
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.process, self.id)
+    }
+}
+
+impl FromStr for Name {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (process, id) = text.split_once('/').ok_or(())?;
+        Ok(Self { process: process.into(), id: id.parse().map_err(|_| ())? })
+    }
+}
+
+impl Try {
+    /// The attempt that an event belongs to.
+    #[must_use]
+    pub fn of(event: &Event) -> Option<Self> {
+        match event.extension(STEP)? {
+            Value::Text(text) => text.parse().ok(),
+            // A step may be called `7`.
+            Value::Int(number) => number.to_string().parse().ok(),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Try {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let way = if self.direction == Direction::Undo { "undo." } else { "" };
+        write!(f, "{way}{}", self.step)?;
+        if self.attempt > 1 { write!(f, "#{}", self.attempt) } else { Ok(()) }
+    }
+}
+
+impl FromStr for Try {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (step, attempt) = match text.split_once('#') {
+            Some((step, attempt)) => (step, attempt.parse().map_err(|_| ())?),
+            None => (text, 1),
+        };
+        let (direction, step) = match step.strip_prefix("undo.") {
+            Some(step) => (Direction::Undo, step),
+            None => (Direction::Do, step),
+        };
+        if step.is_empty() || attempt == 0 {
+            return Err(());
+        }
+        Ok(Self { step: step.into(), direction, attempt })
+    }
+}
+
+/// Whether an event asks for a step, and so is to be answered.
+#[must_use]
+pub fn asks(event: &Event) -> bool {
+    let kind = event.kind();
+    !kind.ends_with(DONE)
+        && !kind.ends_with(FAILED)
+        && !kind.starts_with("warren.process.")
+        && Name::of(event).is_some()
+        && Try::of(event).is_some()
+}
+
+/// The answer to an event that asks for a step.
+///
+/// # Errors
+/// The result is larger than the limits say.
+pub fn answer(
+    event: &Event,
+    outcome: Result<Option<&serde_json::Value>, &Failed>,
+    source: &str,
+    time: &str,
+    limits: Limits,
+) -> Result<Event, Unreadable> {
+    let (ending, data) = match outcome {
+        Ok(result) => (DONE, serde_json::to_vec(&result)),
+        Err(failed) => (FAILED, serde_json::to_vec(failed)),
+    };
+    let kind = format!("{}{ending}", event.kind());
+    let answer = Event::new(event.identity().derive(ending), source, kind)?;
+    let data = data.unwrap_or_else(|_| b"null".to_vec());
+    carry(event, answer, time)?.with_json(&data, limits)
+}
+
+/// An event with what it has from the one that it follows: instance, step, key, priority, trace.
+fn carry(from: &Event, mut to: Event, time: &str) -> Result<Event, Unreadable> {
+    for name in [INSTANCE, STEP, "priority", "traceparent", "tracestate"] {
+        if let Some(value) = from.extension(name) {
+            to = to.with(name, value.clone())?;
+        }
+    }
+    to.with("partitionkey", Value::Text(from.key().into_owned()))?.with("time", Value::Text(time.into()))
+}
+
+/// The result in an answer.
+#[must_use]
+pub fn result(event: &Event) -> Box<RawValue> {
+    event.json().unwrap_or_else(|_| RawValue::NULL.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_is_read_as_it_is_written() {
+        for (text, step, direction, attempt) in [
+            ("charge", "charge", Direction::Do, 1),
+            ("charge#12", "charge", Direction::Do, 12),
+            ("undo.charge", "charge", Direction::Undo, 1),
+            ("undo.charge#3", "charge", Direction::Undo, 3),
+            ("undo", "undo", Direction::Do, 1),
+            ("undo.2", "2", Direction::Undo, 1),
+        ] {
+            let wanted = Try { step: step.into(), direction, attempt };
+            assert_eq!(text.parse(), Ok(wanted.clone()));
+            assert_eq!(wanted.to_string(), text);
+        }
+        for text in ["", "undo.", "#2", "a#0", "a#x", "a#-1"] {
+            assert!(text.parse::<Try>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_told_from_a_question_and_finds_its_way_back() {
+        let start = Event::new("1", "/shop", "order.placed").expect("valid");
+        let name = Name::started_by("order", &start);
+        assert_eq!(Name::started_by("order", &start), name);
+        assert_ne!(Name::started_by("parcel", &start).id, name.id);
+        let text = |text: &str| Value::Text(text.into());
+        let question = Event::new("2", "/warren/shop", "payment.charge")
+            .and_then(|event| event.with(INSTANCE, text(&name.to_string())))
+            .and_then(|event| event.with(STEP, text("charge#2")))
+            .and_then(|event| event.with("partitionkey", text("k1")))
+            .and_then(|event| event.with("priority", Value::Int(8)))
+            .expect("valid");
+        assert!(asks(&question) && !asks(&start));
+        let result = serde_json::json!({"paid": 7});
+        let time = "2026-01-01T00:00:00Z";
+        let done = answer(&question, Ok(Some(&result)), "/warren/shop", time, Limits::default()).expect("valid");
+        assert_eq!(done.kind(), "payment.charge.done");
+        assert!(!asks(&done));
+        assert_eq!((Name::of(&done), Try::of(&done)), (Some(name), "charge#2".parse().ok()));
+        assert_eq!((done.key(), done.lane()), ("k1".into(), question.lane()));
+        assert_eq!(super::result(&done).get(), r#"{"paid":7}"#);
+        let failed = Failed { reason: "exhausted".into(), error: "no".into() };
+        let failed = answer(&question, Err(&failed), "/warren/shop", time, Limits::default()).expect("valid");
+        assert_eq!(failed.kind(), "payment.charge.failed");
+        assert_ne!(failed.id(), done.id());
+    }
+}
