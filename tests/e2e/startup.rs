@@ -222,7 +222,7 @@ async fn every_mistake_in_the_routes_is_listed_at_once() -> anyhow::Result<()> {
     lab.set("WARREN_CONFIG", file.to_str().context("UTF-8")?);
     let text = refused(&lab, 64).await?;
     holds(&text, &wanted)?;
-    holds(&text, &["WARREN_CONFIG", "routes.yaml"])?;
+    holds(&text, &["routes.yaml:1: route 1"])?;
     lab.set("WARREN_CONFIG", "/no/such/file.yaml");
     holds(&refused(&lab, 64).await?, &["WARREN_CONFIG", "cannot read '/no/such/file.yaml'"])
 }

@@ -47,8 +47,8 @@ impl Worker {
     /// A worker with these settings; the routes that they name come first.
     #[must_use]
     pub fn builder(settings: Settings) -> Builder {
-        let (routes, mistakes) = match config::routes(&settings) {
-            Ok(routes) => (routes, Vec::new()),
+        let (routes, mistakes) = match config::read(&settings) {
+            Ok(file) => (file.routes, Vec::new()),
             Err(mistakes) => (Routes::default(), mistakes),
         };
         Builder { settings, routes, mistakes }
