@@ -53,6 +53,27 @@ impl Pattern {
         open[words.len()]
     }
 
+    /// Whether some event type is taken by both patterns.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let (one, two): (Vec<&str>, Vec<&str>) = (self.0.split('.').collect(), other.0.split('.').collect());
+        // common[i][j]: what is left of the one from i and of the other from j takes some words in common.
+        let mut common = vec![vec![false; two.len() + 1]; one.len() + 1];
+        for i in (0..=one.len()).rev() {
+            for j in (0..=two.len()).rev() {
+                common[i][j] = match (one.get(i), two.get(j)) {
+                    (None, None) => true,
+                    // It takes no more words, or one more of those that the other takes.
+                    (Some(&"#"), b) => common[i + 1][j] || b.is_some() && common[i][j + 1],
+                    (a, Some(&"#")) => common[i][j + 1] || a.is_some() && common[i + 1][j],
+                    (Some(a), Some(b)) => (a == b || *a == "*" || *b == "*") && common[i + 1][j + 1],
+                    (None, _) | (_, None) => false,
+                };
+            }
+        }
+        common[0][0]
+    }
+
     /// How specific the pattern is: more literal words first, then `*` before `#`. Greater wins.
     #[must_use]
     pub fn rank(&self) -> (usize, usize, bool) {
@@ -100,6 +121,31 @@ mod tests {
         for pair in ranked.windows(2) {
             let rank = |text| Pattern::parse(text).expect("valid").rank();
             assert!(rank(pair[0]) < rank(pair[1]), "{pair:?}");
+        }
+    }
+
+    /// All of up to so many words.
+    fn texts(words: &[&str], most: usize) -> Vec<String> {
+        let (mut all, mut last) = (Vec::new(), vec![String::new()]);
+        for _ in 0..most {
+            let longer = |text: &String| words.iter().map(|w| format!("{text}.{w}")).collect::<Vec<_>>();
+            last = last.iter().flat_map(longer).collect();
+            all.extend(last.iter().map(|text| text[1..].to_owned()));
+        }
+        all
+    }
+
+    #[test]
+    fn patterns_overlap_where_a_type_matches_both() {
+        let kinds = texts(&["a", "b", "c"], 5);
+        let patterns: Vec<Pattern> =
+            texts(&["a", "b", "*", "#"], 3).iter().filter_map(|t| Pattern::parse(t).ok()).collect();
+        let taken: Vec<Vec<bool>> = patterns.iter().map(|p| kinds.iter().map(|k| p.matches(k)).collect()).collect();
+        for (one, one_takes) in patterns.iter().zip(&taken) {
+            for (two, two_takes) in patterns.iter().zip(&taken) {
+                let both = one_takes.iter().zip(two_takes).any(|(a, b)| *a && *b);
+                assert_eq!(one.overlaps(two), both, "{one} and {two}");
+            }
         }
     }
 

@@ -43,6 +43,8 @@ pub(crate) struct Job {
     pub(crate) known: Option<Fact>,
     /// The hash of its key, where the schedule handed it out.
     pub(crate) key: Option<u64>,
+    /// How urgent it is in its lane.
+    pub(crate) priority: u8,
     /// What the handler returned.
     pub(crate) reply: Reply,
     /// The state that its handler waits for.
@@ -109,9 +111,9 @@ impl Job {
         route: Option<usize>,
         since: Instant,
     ) -> Self {
-        let Incoming { event, identity, identified, attempt, replayed, .. } = incoming;
+        let Incoming { event, identity, identified, attempt, replayed, priority, .. } = incoming;
         let content = Content::Event { event, identity, identified, attempt, replayed, route };
-        Self::new(ticket, redelivered, content, since)
+        Self { priority, ..Self::new(ticket, redelivered, content, since) }
     }
 
     pub(crate) fn of_message(
@@ -132,6 +134,7 @@ impl Job {
             mark: Mark::Absent,
             known: None,
             key: None,
+            priority: 0,
             reply: Reply::default(),
             needs: None,
             kept: None,
@@ -288,6 +291,11 @@ impl Job {
             (Some(_), State::Suspected { .. } | State::Running(_)) => Place::Active,
             _ => Place::Elsewhere,
         }
+    }
+
+    /// Whether it holds one of its route's places. A wait in place holds it too: the next attempt does not ask again.
+    pub(crate) fn holds_place(&self) -> bool {
+        self.place() != Place::Elsewhere || self.key.is_some() && matches!(self.state, State::Holding { .. })
     }
 
     /// How long it has been here.

@@ -24,6 +24,7 @@ mod fault;
 pub mod fleet;
 pub mod handler;
 mod job;
+mod jq;
 pub mod metrics;
 pub mod outbox;
 mod pile;

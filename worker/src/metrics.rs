@@ -1,11 +1,12 @@
 //! Every metric's name once, and the little that the rest needs to count.
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
-/// The names. Units are in them; labels are closed sets (lane, reason).
+/// The names. Units are in them; labels are closed sets (lane, reason, route).
 #[expect(missing_docs, reason = "each is described where it is registered, below")]
 pub mod names {
     pub const RECEIVED: &str = "warren_received_total";
     pub const HANDLED: &str = "warren_handled_total";
+    pub const FILTERED: &str = "warren_filtered_total";
     pub const DUPLICATES: &str = "warren_duplicates_total";
     pub const RETRIED: &str = "warren_retried_total";
     pub const DEAD: &str = "warren_dead_total";
@@ -40,6 +41,7 @@ pub fn install() -> Option<PrometheusHandle> {
     let handle = builder.install_recorder().ok()?;
     describe_counter!(names::RECEIVED, "deliveries taken from the broker, by lane");
     describe_counter!(names::HANDLED, "events whose effect was recorded, by lane");
+    describe_counter!(names::FILTERED, "events that their route's filter took for done, by route");
     describe_counter!(names::DUPLICATES, "deliveries of events whose outcome was recorded before");
     describe_counter!(names::RETRIED, "failed attempts that will be repeated");
     describe_counter!(names::DEAD, "dead letters, by reason");

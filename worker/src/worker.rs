@@ -97,7 +97,12 @@ impl Builder {
         match Pattern::parse(on) {
             Ok(on) => {
                 let law = config::law(&self.settings);
-                self.routes.push(Route { on, kind, timeout: config::TIMEOUT, law });
+                if let Some(other) = self.routes.rival(&on).and_then(|place| self.routes.get(place)) {
+                    let cure = Routes::cure(&on, &other.on);
+                    self.mistakes.push(format!("the handler of '{on}': the route of '{}' {cure}", other.on));
+                }
+                let (timeout, concurrency) = (config::TIMEOUT, None);
+                self.routes.push(Route { on, kind, timeout, law, concurrency, condition: None, transform: None });
             }
             Err(mistake) => self.mistakes.push(mistake),
         }
@@ -145,6 +150,16 @@ impl Builder {
     pub fn timeout(mut self, timeout: Duration) -> Self {
         if let Some(route) = self.routes.last_mut() {
             route.timeout = timeout;
+        }
+        self
+    }
+
+    /// How many calls run at once, at most; as many as the worker allows where nothing is said. For the handler that was
+    /// added last.
+    #[must_use]
+    pub fn concurrency(mut self, calls: std::num::NonZeroUsize) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.concurrency = Some(calls.get());
         }
         self
     }

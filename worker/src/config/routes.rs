@@ -2,8 +2,11 @@
 use super::read::{Mistakes, Node, Table};
 use super::{TIMEOUT, too_long};
 use crate::handler::{InTx, Rust};
+use crate::jq::Jq;
+use serde_json::Value as Json;
 use std::sync::Arc;
 use std::time::Duration;
+use warren_shared::Event;
 use warren_shared::delivery::{Law, Wait};
 use warren_shared::env::Settings;
 use warren_shared::pattern::Pattern;
@@ -20,6 +23,12 @@ pub struct Route {
     pub timeout: Duration,
     /// What bounds a delivery's life.
     pub law: Law,
+    /// So many calls of it run at once, at most.
+    pub concurrency: Option<usize>,
+    /// Which of the events are handled.
+    pub(crate) condition: Option<Jq>,
+    /// What becomes of their data.
+    pub(crate) transform: Option<Jq>,
 }
 
 /// How a route's events are handled.
@@ -29,6 +38,8 @@ pub enum Kind {
     Exec(Command),
     /// By a line in the log.
     Log,
+    /// By an event of this type.
+    Emit(String),
     /// By a Rust function.
     Rust(Arc<Rust>),
     /// By a Rust function inside the store's transaction.
@@ -81,7 +92,7 @@ impl Routes {
 impl Routes {
     /// Reads the list.
     pub(super) fn read(list: Node, settings: &Settings, mistakes: &Mistakes) -> Self {
-        let mut routes = Self::default();
+        let (mut routes, mut names) = (Self::default(), Vec::new());
         for (i, node) in list.list("'routes'", mistakes).into_iter().enumerate() {
             let name = node.peek("on").map_or_else(String::new, |on| format!(" (on: {on})"));
             let Some(mut table) = Table::of(node, format!("route {}{name}", i + 1), mistakes) else { continue };
@@ -90,14 +101,48 @@ impl Routes {
                 table.finish();
                 continue;
             };
-            if routes.iter().any(|other| other.on == route.on) {
-                mistakes.note(line, format!("route {}{name}: another route has the same pattern", i + 1));
-            }
             table.finish();
+            let named = Named { route: format!("route {}{name}", i + 1), line };
+            if let Some(place) = routes.rival(&route.on) {
+                let Named { route: other, line: there }: &Named = &names[place];
+                let cure = Self::cure(&route.on, &routes.0[place].on);
+                mistakes.note(line, format!("{}: {other} in line {there} {cure}", named.route));
+            }
+            names.push(named);
             routes.push(route);
+        }
+        for (place, Named { route: name, line }) in names.iter().enumerate() {
+            if let Kind::Emit(kind) = &routes.0[place].kind
+                && routes.find(kind) == Some(place)
+            {
+                let round = format!("{name}: it takes what it emits ('{kind}'), which would go round for ever");
+                mistakes.note(*line, format!("{round}: emit another type, or narrow 'on'"));
+            }
         }
         routes
     }
+
+    /// The place of a route that is as specific as this pattern and takes some of the same types: nobody could tell which
+    /// of the two is meant.
+    pub(crate) fn rival(&self, on: &Pattern) -> Option<usize> {
+        self.0.iter().position(|other| other.on.rank() == on.rank() && other.on.overlaps(on))
+    }
+
+    /// What is wrong between two rivals, and what helps.
+    pub(crate) fn cure(on: &Pattern, other: &Pattern) -> String {
+        if on == other {
+            return "has the same pattern: put both into one, or narrow one of them".into();
+        }
+        format!(
+            "takes some types of this one as well ('{other}' and '{on}'), and neither is more specific: narrow one of them"
+        )
+    }
+}
+
+/// How messages name a route.
+struct Named {
+    route: String,
+    line: u64,
 }
 
 impl Route {
@@ -113,12 +158,28 @@ impl Route {
         if let Some(problem) = too_long(&law, timeout, settings) {
             table.wrong(problem);
         }
-        Some(Self { on: on?, kind: kind?, timeout, law })
+        let (condition, transform) = (program(table, "where"), program(table, "transform"));
+        let concurrency = table.number("concurrency", 1..=65_535).map(|n| n as usize);
+        Some(Self { on: on?, kind: kind?, timeout, law, concurrency, condition, transform })
     }
 }
 
+/// A field that holds a jq program.
+fn program(table: &mut Table<'_>, name: &'static str) -> Option<Jq> {
+    let text = match table.get::<Json>(name, "a jq program")? {
+        Json::String(text) => text,
+        // `where: true` is one as well.
+        scalar @ (Json::Bool(_) | Json::Number(_)) => scalar.to_string(),
+        _ => {
+            table.mistake(name, "is not the text of a jq program: put it in quotes");
+            return None;
+        }
+    };
+    Jq::compile(&text).map_err(|error| table.mistake(name, format!("is no jq program: {error}"))).ok()
+}
+
 /// Of these a route has one.
-const KINDS: [&str; 2] = ["exec", "log"];
+const KINDS: [&str; 3] = ["exec", "log", "emit"];
 
 impl Kind {
     fn read(table: &mut Table<'_>) -> Option<Self> {
@@ -131,13 +192,20 @@ impl Kind {
         let argv = table.get::<Vec<String>>("exec", "a list of program and arguments");
         let processes = table.number("processes", 1..=256).map_or(1, |n| n as usize);
         let log = table.take("log").map(|_| Self::Log);
+        let emit = table.get::<String>("emit", "an event type").and_then(|kind| {
+            let legal = Event::new("id", "/", kind.clone());
+            legal
+                .map_err(|error| table.mistake("emit", format!("is no event type: {error}")))
+                .ok()
+                .map(|_| Self::Emit(kind))
+        });
         match argv {
             Some(argv) if argv.is_empty() => {
                 table.mistake("exec", "is empty: name a program");
                 None
             }
             Some(argv) => Some(Self::Exec(Command { argv, processes })),
-            None => log,
+            None => log.or(emit),
         }
     }
 }
@@ -175,6 +243,17 @@ mod tests {
     }
 
     #[test]
+    fn filters_and_limits_are_read() {
+        let text = "routes:\n  - on: order.viewed\n    where: .data.total > 100\n    transform: '{order: .data.id}'\n    emit: order.large\n  \
+                    - {on: order.*, where: true, concurrency: 3, log: {}}\n";
+        let routes = read(text).expect("valid");
+        let all: Vec<&Route> = routes.iter().collect();
+        assert!(matches!(&all[0].kind, Kind::Emit(kind) if kind == "order.large"));
+        assert!(all[0].condition.is_some() && all[0].transform.is_some() && all[0].concurrency.is_none());
+        assert!(all[1].condition.is_some() && all[1].transform.is_none() && all[1].concurrency == Some(3));
+    }
+
+    #[test]
     fn every_mistake_of_every_route_is_listed() {
         let mistakes = read(
             "routes:\n  - {on: order*, log: {}, timeout: 5 parsecs}\n  - {exec: []}\n  - {on: a.b, log: {}, exec: [cat]}\n  \
@@ -187,16 +266,33 @@ mod tests {
             "2: route 1 (on: order*): 'timeout' is wrong",
             "3: route 2: 'on' is missing",
             "3: route 2: 'exec' is empty",
-            "4: route 3 (on: a.b): a route has exactly one of: exec, log",
+            "4: route 3 (on: a.b): a route has exactly one of: exec, log, emit",
             "7: route 4 (on: a): 'retri' is unknown, did you mean 'retry'?",
             "8: route 5 (on: s): all attempts",
-            "9: route 6 (on: a): another route has the same pattern",
+            "9: route 6 (on: a): route 4 (on: a) in line 5 has the same pattern",
             "10: route 7 (on: p): 'processes' is how many",
             "11: route 8: 'on' is not an event type or a pattern",
             "11: route 8: 'exec' is not a list of program and arguments",
             "12: route 9 is not a table",
             "13: route 10 (on: r): 'retry.atempts' is unknown, did you mean 'attempts'?",
         ];
+        for (found, wanted) in mistakes.iter().zip(wanted) {
+            assert!(found.starts_with(&format!("WARREN_ROUTES:{wanted}")), "{found} is not {wanted}");
+        }
+        assert_eq!(mistakes.len(), wanted.len(), "{mistakes:#?}");
+        let wanted = [
+            "2: route 1 (on: a): 'where' is no jq program: at 'foo' (column 5): there is no such filter",
+            "3: route 2 (on: b): 'transform' is not the text of a jq program: put it in quotes",
+            "4: route 3 (on: c): 'emit' is no event type: the attribute 'type' is empty",
+            "5: route 4 (on: d): 'concurrency' is 0, not a number from 1 to 65535",
+            "6: route 5 (on: e.*): it takes what it emits ('e.f'), which would go round for ever",
+            "8: route 7 (on: *.e): route 5 (on: e.*) in line 6 takes some types of this one as well ('e.*' and '*.e')",
+        ];
+        let mistakes = read(
+            "routes:\n  - {on: a, log: {}, where: . | foo}\n  - {on: b, log: {}, transform: {a: .b}}\n  - {on: c, emit: ''}\n  \
+             - {on: d, log: {}, concurrency: 0}\n  - {on: e.*, emit: e.f}\n  - {on: e.g.*, emit: e.g}\n  - {on: '*.e', log: {}}\n",
+        )
+        .expect_err("mistakes");
         for (found, wanted) in mistakes.iter().zip(wanted) {
             assert!(found.starts_with(&format!("WARREN_ROUTES:{wanted}")), "{found} is not {wanted}");
         }

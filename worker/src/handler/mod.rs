@@ -1,7 +1,9 @@
 //! The handler contract: an event and its context in, an outcome out. Handlers return, they do not send.
 //!
 //! A new kind of handler is a file here, a variant of `config::Kind` and a line in [`build`].
+mod emit;
 mod exec;
+mod filtered;
 mod line;
 mod log;
 mod program;
@@ -126,12 +128,19 @@ pub fn build(
     route: &Route,
     transactions: impl FnOnce() -> Result<Transactions, StoreError>,
 ) -> Result<Arc<dyn Handler>, StoreError> {
-    Ok(match &route.kind {
+    let mut transform = route.transform.clone();
+    let handler: Arc<dyn Handler> = match &route.kind {
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
         Kind::Log => Arc::new(log::Log),
+        Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
         Kind::Rust(handler) => handler.clone(),
         Kind::InTx(handler) => handler.on(transactions()?),
-    })
+    };
+    if route.condition.is_none() && transform.is_none() {
+        return Ok(handler);
+    }
+    let condition = route.condition.clone();
+    Ok(Arc::new(filtered::Filtered { route: route.on.as_str().into(), condition, transform, inner: handler }))
 }
 
 impl Call {

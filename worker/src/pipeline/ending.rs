@@ -12,6 +12,10 @@ impl Pipeline {
         for id in self.schedule.discard(|_| true) {
             self.jobs.remove(&id);
         }
+        for (key, id) in self.places.discard(|_| true) {
+            self.jobs.remove(&id);
+            self.schedule.finish(&key);
+        }
         self.leave_holds(|_| true, Fact::Interrupted);
         for id in std::mem::take(&mut self.alone) {
             self.fact(id, Fact::Interrupted);

@@ -132,9 +132,13 @@ impl Pipeline {
     /// Lets go of an epoch's deliveries that have not begun, or wait in place.
     fn give_back(&mut self, epoch: u64, why: Fact) {
         self.epochs.remove(&epoch);
-        let Self { schedule, jobs, .. } = self;
+        let Self { schedule, jobs, places, .. } = self;
         for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {
             jobs.remove(&id);
+        }
+        for (key, id) in places.discard(|id| jobs.get(&id).is_none_or(|job| job.ticket.epoch() == epoch)) {
+            jobs.remove(&id);
+            schedule.finish(&key);
         }
         self.leave_holds(|job| job.ticket.epoch() == epoch, why);
         let (ready, staying) = std::mem::take(&mut self.ready).into_iter().partition(|id| self.is_of(id, epoch));

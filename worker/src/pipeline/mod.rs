@@ -5,6 +5,7 @@
 //! way, so batches grow with the load and an idle worker answers at once.
 mod ending;
 mod intake;
+mod places;
 mod runs;
 mod stations;
 
@@ -19,6 +20,7 @@ use crate::store::{Committed, Effect, Kept, Recorded, Row, Start, Store, StoreEr
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
+use places::{Places, Urgency};
 use rustc_hash::FxHashMap;
 use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
@@ -112,6 +114,8 @@ pub(crate) struct Pipeline {
     stations: [Queue; STATIONS.len()],
     /// Taken from the schedule, and asked for in the store or waiting for a place.
     ahead: usize,
+    /// The places of routes that have a limit of their own.
+    places: Places,
     /// Unknown to the store, and waiting for a place.
     ready: VecDeque<Id>,
     /// They hold a place: their handler runs, or their start is being recorded.
@@ -145,8 +149,10 @@ pub(crate) fn start(parts: Parts) -> Running {
     let (news, deliveries) = mpsc::unbounded_channel();
     let (give, orders) = mpsc::unbounded_channel();
     let weights: Vec<u32> = parts.house.topology.lanes.iter().map(|lane| lane.weight).collect();
+    let places = Places::new(parts.routes.iter().map(|route| route.concurrency), &weights);
     let pipeline = Pipeline {
         parts,
+        places,
         inbox,
         tell,
         deliveries,
@@ -254,11 +260,14 @@ impl Pipeline {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let route = job.route();
         let law = route.and_then(|r| self.parts.routes.get(r)).map_or(&self.parts.law, |route| &route.law);
-        let was = job.place();
+        let (was, sat) = (job.place(), job.holds_place());
         match delivery::next(job.state, fact, law) {
             Ok((state, action)) => {
                 job.state = state;
-                let is = job.place();
+                let (is, sits) = (job.place(), job.holds_place());
+                if sat && !sits {
+                    self.places.leave(route);
+                }
                 self.moved(was, is);
                 self.perform(id, action);
             }
@@ -317,6 +326,9 @@ impl Pipeline {
     fn remove(&mut self, id: Id) -> Option<Job> {
         let job = self.jobs.remove(&id)?;
         self.moved(job.place(), Place::Elsewhere);
+        if job.holds_place() {
+            self.places.leave(job.route());
+        }
         if let Some(key) = job.key {
             self.schedule.finish(&key);
         }
@@ -343,11 +355,19 @@ impl Pipeline {
         }
         let most = (2 * self.pace).min(AHEAD).max(self.parts.concurrency);
         while self.active + self.ahead < most {
-            let Some((key, id)) = self.schedule.take() else { return };
+            let waited = self.places.next();
+            let Some((key, id)) = waited.or_else(|| self.schedule.take()) else { return };
             let Some(job) = self.jobs.get_mut(&id) else {
                 self.schedule.finish(&key);
                 continue;
             };
+            let route = job.route();
+            if waited.is_none() && !self.places.take(route) {
+                let since = millis(job.since.duration_since(self.started));
+                let urgency = Urgency { lane: job.ticket.place().lane, priority: job.priority, since };
+                self.places.wait(route, urgency, (key, id));
+                continue;
+            }
             job.key = Some(key);
             self.ahead += 1;
             if job.seen().is_some() {
@@ -363,7 +383,7 @@ impl Pipeline {
         self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
         self.parts.pulse.running.store(self.active, Ordering::Relaxed);
         metrics::set(names::RUNNING, self.active);
-        metrics::set(names::WAITING, self.schedule.waiting());
+        metrics::set(names::WAITING, self.schedule.waiting() + self.places.waiting());
         metrics::set(names::OUTBOX, self.parts.outbox.pending());
         metrics::set(names::CONSUMING, self.parts.subscriptions.consuming());
         if let Some(oldest) = self.jobs.values().map(Job::age).max().filter(|age| *age > Duration::from_secs(60)) {

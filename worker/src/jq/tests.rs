@@ -1,0 +1,235 @@
+//! What programs return, and how they end that would not.
+use super::*;
+use std::time::Instant;
+
+const LIMITS: Limits = Limits { time: Duration::from_millis(300), output: 1 << 20 };
+/// Machines that run tests are busy.
+const PATIENT: Limits = Limits { time: Duration::from_secs(20), ..LIMITS };
+
+fn run(program: &str, input: &str) -> Result<Vec<String>, JqError> {
+    run_in(program, input, PATIENT)
+}
+
+fn run_in(program: &str, input: &str, limits: Limits) -> Result<Vec<String>, JqError> {
+    let jq = Jq::compile(program).unwrap_or_else(|error| panic!("{program}: {error}"));
+    let outputs = jq.run(input.as_bytes(), limits)?;
+    Ok(outputs.into_iter().map(|json| String::from_utf8(json).expect("UTF-8")).collect())
+}
+
+#[track_caller]
+fn check(program: &str, input: &str, expect: &[&str]) {
+    assert_eq!(
+        run(program, input).as_deref(),
+        Ok(&expect.iter().map(ToString::to_string).collect::<Vec<_>>()[..]),
+        "{program}"
+    );
+}
+
+#[test]
+fn programs_do_what_they_do_in_jq() {
+    let order =
+        r#"{"type":"order.placed","data":{"id":7,"total":100.50,"items":[{"sku":"a","n":2},{"sku":"b","n":3}]}}"#;
+    check(".data.total > 100", order, &["true"]);
+    check("{order: .data.id, total: .data.total}", order, &[r#"{"order":7,"total":100.50}"#]);
+    check(".data.items[] | select(.n > 2) | .sku", order, &["\"b\""]);
+    check(".data.items | map(.n) | add", order, &["5"]);
+    check("[.data.items[].sku] | join(\", \")", order, &["\"a, b\""]);
+    check(".data.missing.deeper", order, &["null"]);
+    check(".data | del(.items) | keys", order, &[r#"["id","total"]"#]);
+    check(".data.items |= length | .data.items", order, &["2"]);
+    check(".data.items[0].n += 1 | .data.items[0]", order, &[r#"{"sku":"a","n":3}"#]);
+    check(".type | test(\"^order\\\\.\")", order, &["true"]);
+    check("\"\\(.data.id): \\(.type)\"", order, &["\"7: order.placed\""]);
+    check(".data.items | group_by(.sku) | length", order, &["2"]);
+    check(".data.items[1:] | .[0].sku", order, &["\"b\""]);
+    check("[paths] | length", order, &["11"]);
+    check("reduce .data.items[] as $i (0; . + $i.n)", order, &["5"]);
+    check(".data.items | sort_by(-.n) | first.sku", order, &["\"b\""]);
+    check("with_entries(select(.key == \"type\"))", order, &[r#"{"type":"order.placed"}"#]);
+    check(".a = 1 | .b.c = 2", "null", &[r#"{"a":1,"b":{"c":2}}"#]);
+    check(".[1:3] = [9] | .[-1] = 0", "[1,2,3,4]", &["[1,9,0]"]);
+    check(
+        "[1,2,3] - [2], [1,2,1] == [1,2,1], ([1,2,1] | index(1)), (\"aäa\" | indices(\"a\"))",
+        "0",
+        &["[1,3]", "true", "0", "[0,2]"],
+    );
+    check(
+        "\"a,b\" / \",\", \"ab\" * 2, ({a: {b: 1}} * {a: {c: 2}})",
+        "0",
+        &[r#"["a","b"]"#, "\"abab\"", r#"{"a":{"b":1,"c":2}}"#],
+    );
+    check(
+        "[.[] | tojson | fromjson], (\"12\" | tonumber), (\"äb\" | length), (-3 | length)",
+        "[1,[2]]",
+        &["[1,[2]]", "12", "2", "3"],
+    );
+    check(
+        "has(\"a\"), contains({a: 1}), (try error(\"x\") catch .), ([.[]?] | unique), (.a as $x | $x)",
+        r#"{"a":1}"#,
+        &["true", "true", "\"x\"", "[1]", "1"],
+    );
+    check("1700000000 | todate", "0", &["\"2023-11-14T22:13:20Z\""]);
+    check("empty", "0", &[]);
+}
+
+#[test]
+fn numbers_stay_as_they_are_written() {
+    check(".", "[1.10,12345678901234567890123,1e400,-0.0]", &["[1.10,12345678901234567890123,1e400,-0.0]"]);
+    check(".[0] + 1", "[12345678901234567890123]", &["12345678901234567890124"]);
+}
+
+#[test]
+fn nothing_of_the_machine_can_be_seen_or_touched() {
+    for program in [
+        "env",
+        "$ENV",
+        "input",
+        "inputs",
+        "halt",
+        "halt_error",
+        "halt(1)",
+        "debug",
+        "debug(.)",
+        "stderr",
+        "now",
+        "localtime",
+        "input_filename",
+        "$__prog_args",
+    ] {
+        let error = Jq::compile(program).expect_err(program);
+        assert!(error.contains("there is no such"), "{program}: {error}");
+    }
+    assert!(Jq::compile("include \"x\"; .").expect_err("no modules").contains("no modules"));
+}
+
+#[test]
+fn mistakes_name_the_place_and_what() {
+    for (program, wanted) in [
+        (".a | foo", "at 'foo' (column 6): there is no such filter"),
+        (".a |\n $x", "at '$x' (line 2, column 2): there is no such variable"),
+        ("if . then 1", "is wanted"),
+        (".a | )", "')'"),
+        ("[1, 2", "closing bracket"),
+        ("", "at the end (column 1): term is wanted"),
+        ("\"\\q\"", "string escape"),
+    ] {
+        let error = Jq::compile(program).expect_err(program);
+        assert!(error.contains(wanted), "{program}: {error}");
+    }
+}
+
+#[test]
+fn errors_name_kinds_and_no_values() {
+    for (program, wanted) in [
+        (".data | keys", "cannot use number as iterable (array or object)"),
+        (".data + \"x\"", "cannot calculate number + string"),
+        (".secret | .x", "cannot index string with string"),
+        (".secret | tonumber", "not valid JSON at line 1, column 1"),
+        ("error(\"no total\")", "no total"),
+        ("error({a: 1})", "it threw a value of kind object"),
+        ("{(.data): 1}", "cannot use number as key of an object: use a string"),
+        (".data % 0", "a number cannot be divided by zero"),
+        ("label $f | break $f, error(null)", "it threw a value of kind null"),
+    ] {
+        let Err(JqError::Failed(error)) = run(program, r#"{"data":123456,"secret":"hunter2"}"#) else {
+            assert!(program.starts_with("label"), "{program} did not fail");
+            continue;
+        };
+        assert_eq!(error, wanted, "{program}");
+    }
+}
+
+/// Every one of them would run for ever, eat all memory or overflow the stack.
+#[test]
+fn whatever_a_program_does_its_run_ends() {
+    let (late, mut wrong) = (JqError::Late(LIMITS.time), Vec::new());
+    for (program, ends) in [
+        ("[range(1e12)]", &[late.clone(), JqError::Large][..]),
+        ("last(range(1e12))", &[late.clone()]),
+        ("last(repeat(1))", &[late.clone()]),
+        ("def f: f; f", &[late.clone()]),
+        ("def f: [f]; f", &[JqError::Deep]),
+        ("def f: f | .; f", &[JqError::Deep, late.clone()]),
+        ("def f: (., 1) | f; f", &[JqError::Deep, late.clone()]),
+        ("until(false; .)", &[late.clone()]),
+        ("[recurse(.)]", &[late.clone(), JqError::Large]),
+        ("last(recurse(.))", &[late.clone()]),
+        ("repeat(.)", &[JqError::Many]),
+        ("\"x\" * 10000000000", &[JqError::Large]),
+        ("\"x\" * 99999999999999999999999", &[JqError::Large]),
+        ("reduce range(60) as $i (\"x\"; . + .)", &[JqError::Large]),
+        ("reduce range(60) as $i ([1]; . + .)", &[JqError::Large]),
+        ("reduce range(60) as $i (1; [., .])", &[JqError::Large]),
+        ("reduce range(60) as $i (1; {a: ., b: .}) | tojson", &[JqError::Large]),
+        ("reduce range(1000000) as $i (1; [.])", &[JqError::Deep]),
+        ("reduce range(1000000) as $i (1; {a: .})", &[JqError::Deep]),
+        ("reduce range(1000000) as $i ({}; {a: .} * {b: 1})", &[JqError::Deep]),
+        ("last(path(recurse(.a)))", &[JqError::Deep, late.clone()]),
+        ("[1] | last(path(recurse(.[0:])))", &[JqError::Deep, late.clone()]),
+        ("def f: .a | f; f", &[JqError::Deep]),
+        ("def f: .[0:] | f; [1] | f", &[JqError::Deep]),
+        ("[range(100000)] | . as $x | contains($x | reverse)", &[late.clone()]),
+        ("[range(100000)] | . as $x | $x | indices($x[:50000] + [0])", &[late.clone()]),
+        ("(\"a\" * 1000000) as $x | ($x | indices(\"a\" * 500000 + \"b\"))", &[late.clone()]),
+        ("[range(1000000)] | sort_by(-.) | sort_by(-.) | sort_by(-.) | sort_by(-.)", &[late.clone()]),
+        ("[limit(1000000000; repeat(1))] | length", &[late.clone(), JqError::Large]),
+        ("\"x\" * 30000000 / \"\" | length", &[JqError::Large]),
+        ("[foreach repeat(1) as $x (0; . + $x)] | length", &[late.clone(), JqError::Large]),
+        ("try last(repeat(1)) catch .", &[late.clone()]),
+        ("(def f: [f]; f)?", &[JqError::Deep]),
+        (".. |= [.] | .. |= [.] | def f: (.. |= [.]) | f; f", &[late.clone(), JqError::Deep]),
+        (
+            "null | .[0] |= [.] | def f: .a |= f; f",
+            &[JqError::Deep, JqError::Failed("cannot index null with number".into())],
+        ),
+        ("def f: .a |= f; f", &[JqError::Deep]),
+        ("\"x\" * 2000000", &[JqError::Long(LIMITS.output)]),
+    ] {
+        let begun = Instant::now();
+        match run_in(program, "null", LIMITS) {
+            Err(end) if ends.contains(&end) => {}
+            Err(end) => wrong.push(format!("{program}: {end}")),
+            Ok(outputs) => wrong.push(format!("{program}: {} outputs", outputs.len())),
+        }
+        if begun.elapsed() > PATIENT.time {
+            wrong.push(format!("{program}: took {:?}", begun.elapsed()));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn numbers_do_not_grow_without_end() {
+    for program in
+        ["reduce range(60) as $i (10; . * .)", "reduce range(400) as $i (12345678901234567890; . * 1234567890)"]
+    {
+        let Err(JqError::Failed(error)) = run(program, "0") else { panic!("{program}") };
+        assert!(error.contains("1000 digits"), "{error}");
+    }
+    let Err(JqError::Failed(error)) = run(".", &format!("[1, {}]", "9".repeat(1_001))) else { panic!("too long") };
+    assert!(error.contains("1001 digits"), "{error}");
+    assert!(run(".", &format!("[\"{}\", {}]", "9".repeat(5_000), "9".repeat(1_000))).is_ok());
+}
+
+#[test]
+fn a_function_that_calls_itself_takes_values() {
+    for program in [
+        "def f(g): f(g); f(.)",
+        "def f(g): def h: f(g); h; f(.)",
+        "[.[] | {a: (def f($x; g): if . then f($x; g) else . end; f(1; .))}]",
+    ] {
+        assert!(Jq::compile(program).expect_err(program).contains("'f' calls itself"), "{program}");
+    }
+    check("def f($n): if $n > 0 then f($n - 1) else . end; f(20000)", "7", &["7"]);
+    check("def f(g): g; def h: f(f(.)); h", "7", &["7"]);
+}
+
+#[test]
+fn a_run_leaves_no_trace_for_the_next() {
+    let jq = Jq::compile("if . == 0 then last(repeat(1)) else . end").expect("valid");
+    assert_eq!(jq.run(b"0", LIMITS), Err(JqError::Late(LIMITS.time)));
+    assert_eq!(jq.run(b"1", LIMITS), Ok(vec![b"1".to_vec()]));
+    let again = jq.clone();
+    let other = std::thread::spawn(move || again.run(b"2", LIMITS));
+    assert_eq!(other.join().expect("no panic"), Ok(vec![b"2".to_vec()]));
+}
