@@ -3,6 +3,7 @@ use super::*;
 use std::time::Instant;
 
 const LIMITS: Limits = Limits { time: Duration::from_millis(300), output: 1 << 20 };
+const LATE: JqError = JqError::Late(LIMITS.time);
 /// Machines that run tests are busy.
 const PATIENT: Limits = Limits { time: Duration::from_secs(20), ..LIMITS };
 
@@ -142,18 +143,18 @@ fn errors_name_kinds_and_no_values() {
 /// Every one of them would run for ever, eat all memory or overflow the stack.
 #[test]
 fn whatever_a_program_does_its_run_ends() {
-    let (late, mut wrong) = (JqError::Late(LIMITS.time), Vec::new());
+    let mut wrong = Vec::new();
     for (program, ends) in [
-        ("[range(1e12)]", &[late.clone(), JqError::Large][..]),
-        ("last(range(1e12))", &[late.clone()]),
-        ("last(repeat(1))", &[late.clone()]),
-        ("def f: f; f", &[late.clone()]),
+        ("[range(1e12)]", &[LATE, JqError::Large][..]),
+        ("last(range(1e12))", &[LATE]),
+        ("last(repeat(1))", &[LATE]),
+        ("def f: f; f", &[LATE]),
         ("def f: [f]; f", &[JqError::Deep]),
-        ("def f: f | .; f", &[JqError::Deep, late.clone()]),
-        ("def f: (., 1) | f; f", &[JqError::Deep, late.clone()]),
-        ("until(false; .)", &[late.clone()]),
-        ("[recurse(.)]", &[late.clone(), JqError::Large]),
-        ("last(recurse(.))", &[late.clone()]),
+        ("def f: f | .; f", &[JqError::Deep, LATE]),
+        ("def f: (., 1) | f; f", &[JqError::Deep, LATE]),
+        ("until(false; .)", &[LATE]),
+        ("[recurse(.)]", &[LATE, JqError::Large]),
+        ("last(recurse(.))", &[LATE]),
         ("repeat(.)", &[JqError::Many]),
         ("\"x\" * 10000000000", &[JqError::Large]),
         ("\"x\" * 99999999999999999999999", &[JqError::Large]),
@@ -164,20 +165,20 @@ fn whatever_a_program_does_its_run_ends() {
         ("reduce range(1000000) as $i (1; [.])", &[JqError::Deep]),
         ("reduce range(1000000) as $i (1; {a: .})", &[JqError::Deep]),
         ("reduce range(1000000) as $i ({}; {a: .} * {b: 1})", &[JqError::Deep]),
-        ("last(path(recurse(.a)))", &[JqError::Deep, late.clone()]),
-        ("[1] | last(path(recurse(.[0:])))", &[JqError::Deep, late.clone()]),
+        ("last(path(recurse(.a)))", &[JqError::Deep, LATE]),
+        ("[1] | last(path(recurse(.[0:])))", &[JqError::Deep, LATE]),
         ("def f: .a | f; f", &[JqError::Deep]),
         ("def f: .[0:] | f; [1] | f", &[JqError::Deep]),
-        ("[range(100000)] | . as $x | contains($x | reverse)", &[late.clone()]),
-        ("[range(100000)] | . as $x | $x | indices($x[:50000] + [0])", &[late.clone()]),
-        ("(\"a\" * 1000000) as $x | ($x | indices(\"a\" * 500000 + \"b\"))", &[late.clone()]),
-        ("[range(1000000)] | sort_by(-.) | sort_by(-.) | sort_by(-.) | sort_by(-.)", &[late.clone()]),
-        ("[limit(1000000000; repeat(1))] | length", &[late.clone(), JqError::Large]),
+        ("[range(100000)] | . as $x | contains($x | reverse)", &[LATE]),
+        ("[limit(100000; repeat(1))] | indices(.[:50000] + [0])", &[LATE]),
+        ("(\"a\" * 1000000) as $x | ($x | indices(\"a\" * 500000 + \"b\"))", &[LATE]),
+        ("[range(1000000)] | sort_by(-.) | sort_by(-.) | sort_by(-.) | sort_by(-.)", &[LATE]),
+        ("[limit(1000000000; repeat(1))] | length", &[LATE, JqError::Large]),
         ("\"x\" * 30000000 / \"\" | length", &[JqError::Large]),
-        ("[foreach repeat(1) as $x (0; . + $x)] | length", &[late.clone(), JqError::Large]),
-        ("try last(repeat(1)) catch .", &[late.clone()]),
+        ("[foreach repeat(1) as $x (0; . + $x)] | length", &[LATE, JqError::Large]),
+        ("try last(repeat(1)) catch .", &[LATE]),
         ("(def f: [f]; f)?", &[JqError::Deep]),
-        (".. |= [.] | .. |= [.] | def f: (.. |= [.]) | f; f", &[late.clone(), JqError::Deep]),
+        (".. |= [.] | .. |= [.] | def f: (.. |= [.]) | f; f", &[LATE, JqError::Deep]),
         (
             "null | .[0] |= [.] | def f: .a |= f; f",
             &[JqError::Deep, JqError::Failed("cannot index null with number".into())],
