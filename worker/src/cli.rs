@@ -2,6 +2,7 @@
 use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::fleet::JoinError;
+use crate::process::{Instances, Order, Shown, Style, draw};
 use crate::shutdown;
 use crate::status;
 use crate::worker::{Worker, open, worker_name};
@@ -26,9 +27,12 @@ struct Cli {
 enum Command {
     /// Run the worker; SIGTERM drains it, a second one interrupts what runs
     Run,
-    /// Check configuration, routes, store, broker and topology; report all problems at once. Declares nothing; a store that is
-    /// not there yet is made
-    Check,
+    /// Check configuration, routes, processes, store, broker and topology; report all problems at once. Declares nothing; a store
+    /// that is not there yet is made
+    Check {
+        #[command(flatten)]
+        picture: Picture,
+    },
     /// Show the topology and what the broker has of it
     Topology {
         /// Declare what is missing
@@ -44,6 +48,66 @@ enum Command {
     /// Dead letters
     #[command(subcommand)]
     Dead(DeadCommand),
+    /// Instances of business processes
+    #[command(subcommand)]
+    Process(ProcessCommand),
+}
+
+#[derive(Subcommand)]
+enum ProcessCommand {
+    /// List them, those that changed last first; exit 1 where one is stuck
+    List {
+        /// Only of this process
+        #[arg(long)]
+        name: Option<String>,
+        /// Only of this status: running, compensating, stuck, completed or compensated
+        #[arg(long)]
+        status: Option<String>,
+        /// So many at most
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+        /// One JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one in full: its steps, what it waits for, and its history
+    Show {
+        /// Its id, as the list shows it, or as `processid` has it
+        id: String,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        picture: Picture,
+    },
+    /// Have one that is stuck try again to undo what it could not undo
+    Resume {
+        /// Its id
+        id: String,
+    },
+    /// Have one taken back: what was done is undone. Once more, where that does not end: give up what is stuck or late
+    Cancel {
+        /// Its id
+        id: String,
+    },
+}
+
+/// In which language to draw, if at all.
+#[derive(Args)]
+#[group(multiple = false)]
+struct Picture {
+    /// Draw the processes instead, for Mermaid
+    #[arg(long)]
+    mermaid: bool,
+    /// Draw the processes instead, for Graphviz
+    #[arg(long)]
+    dot: bool,
+}
+
+impl Picture {
+    fn style(&self) -> Option<Style> {
+        if self.mermaid { Some(Style::Mermaid) } else { self.dot.then_some(Style::Dot) }
+    }
 }
 
 #[derive(Subcommand)]
@@ -114,7 +178,7 @@ pub fn main() -> ExitCode {
         Err(code) => return code,
     };
     let built = Worker::builder(settings.clone()).build();
-    if let (Command::Check, Err(mistakes)) = (&cli.command, &built) {
+    if let (Command::Check { .. }, Err(mistakes)) = (&cli.command, &built) {
         let topology = config::topology(&settings, &config::Routes::default());
         let mistakes = mistakes.clone();
         return end(process::run(Spare::One, async move { check(&settings, &topology, &mistakes).await }));
@@ -131,10 +195,14 @@ pub fn main() -> ExitCode {
         let topology = worker.topology();
         match cli.command {
             Command::Run => worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS),
-            Command::Check => check(&settings, &topology, &[]).await,
+            Command::Check { picture } => match picture.style() {
+                Some(style) => sketch(&worker, style),
+                None => check(&settings, &topology, &[]).await,
+            },
             Command::Topology { apply } => plan(&settings, &topology, apply).await,
             Command::Status { json } => show_pool(&settings, &topology, json).await,
             Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
+            Command::Process(command) => instances(&settings, &topology, command).await,
         }
     }))
 }
@@ -270,6 +338,64 @@ async fn show_pool(settings: &Settings, topology: &Topology, json: bool) -> anyh
     Ok(if report.needs.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(exit::FAILED) })
 }
 
+fn sketch(worker: &Worker, style: Style) -> anyhow::Result<ExitCode> {
+    for plan in worker.plans() {
+        println(draw(&plan.definition, None, style).trim_end())?;
+    }
+    if worker.plans().is_empty() {
+        eprintln!("no processes are defined");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn instances(settings: &Settings, topology: &Topology, command: ProcessCommand) -> anyhow::Result<ExitCode> {
+    let found = Instances::new(open(settings, &worker_name(settings)).await?);
+    let (id, order) = match command {
+        ProcessCommand::List { name, status, limit, json } => {
+            return list_instances(&found.list(name, status, limit).await?, limit, json);
+        }
+        ProcessCommand::Show { id, json, picture } => {
+            let Some(shown) = found.find(&id).await? else { return Ok(unknown(&id)) };
+            println(&match picture.style() {
+                Some(style) => shown.picture(style).trim_end().to_owned(),
+                None if json => shown.json().to_string(),
+                None => shown.text().trim_end().to_owned(),
+            })?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        ProcessCommand::Resume { id } => (id, Order::Resume),
+        ProcessCommand::Cancel { id } => (id, Order::Cancel),
+    };
+    let Some(shown) = found.find(&id).await? else { return Ok(unknown(&id)) };
+    shown.order(order, settings, topology).await?;
+    eprintln!("the pool has the order: 'process show {id}' tells what comes of it");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn unknown(id: &str) -> ExitCode {
+    eprintln!("no instance has the id '{id}': it never began here, or ended longer ago than WARREN_RETENTION");
+    ExitCode::from(exit::FAILED)
+}
+
+fn list_instances(all: &[Shown], limit: u32, json: bool) -> anyhow::Result<ExitCode> {
+    let widths = [12, 16, 36, 20, 19, 0];
+    if !json {
+        println(&cells(["STATUS", "PROCESS", "INSTANCE", "KEY", "CHANGED", "WAITS FOR"].map(str::to_owned), widths))?;
+    }
+    let mut by_status = std::collections::BTreeMap::<&str, u32>::new();
+    for shown in all {
+        *by_status.entry(shown.status()).or_default() += 1;
+        println(&if json { serde_json::to_string(shown)? } else { cells(shown.cells(), widths) })?;
+    }
+    let parts: Vec<String> = by_status.iter().map(|(status, n)| format!("{n} {status}")).collect();
+    eprintln!("{}", if parts.is_empty() { "no instances".into() } else { parts.join(", ") });
+    if all.len() >= usize::try_from(limit).unwrap_or(usize::MAX) {
+        eprintln!("there may be more: --limit shows them");
+    }
+    let stuck = by_status.contains_key("stuck");
+    Ok(if stuck { ExitCode::from(exit::FAILED) } else { ExitCode::SUCCESS })
+}
+
 async fn dead(dead: Dead, command: DeadCommand) -> anyhow::Result<ExitCode> {
     let (which, all, treatment) = match command {
         DeadCommand::List { which, json } => return list(&dead, which.filter(), json).await,
@@ -331,13 +457,16 @@ async fn show(dead: &Dead, id: String) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn row(cells: [&str; 7]) -> String {
-    let widths = [19, 17, 24, 36, 16, 8, 0];
-    let cell = |(text, width): (&str, usize)| {
+fn row(texts: [&str; 7]) -> String {
+    cells(texts.map(str::to_owned), [19, 17, 24, 36, 16, 8, 0])
+}
+
+fn cells<const N: usize>(texts: [String; N], widths: [usize; N]) -> String {
+    let cell = |(text, width): (String, usize)| {
         let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         format!("{text:<width$}")
     };
-    cells.into_iter().zip(widths).map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    texts.into_iter().zip(widths).map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned()
 }
 
 fn println(line: &str) -> anyhow::Result<()> {

@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod outbox;
 mod pile;
 pub mod pipeline;
+mod process;
 pub mod shutdown;
 mod status;
 pub mod store;

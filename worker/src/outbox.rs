@@ -4,6 +4,7 @@
 //! next row of its key goes out. A crash between confirm and forgetting repeats rows with the same ids.
 use crate::consumer::Subscriptions;
 use crate::fault;
+use crate::job::{answer, outgoing};
 use crate::metrics::{self, names};
 use crate::store::{Row, Store};
 use std::collections::{HashMap, VecDeque};
@@ -12,7 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use warren_publisher::{Publisher, Refused};
+use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
+use warren_shared::{Limits, Message};
 
 /// The way into the relay.
 #[derive(Clone, Debug)]
@@ -34,11 +37,18 @@ const WAVE: usize = 512;
 impl Outbox {
     /// Starts the relay.
     #[must_use]
-    pub fn start(store: Arc<dyn Store>, publisher: Publisher, topology: Arc<Subscriptions>) -> Self {
+    pub(crate) fn start(
+        store: Arc<dyn Store>,
+        publisher: Publisher,
+        topology: Arc<Subscriptions>,
+        pool: &str,
+        limits: Limits,
+    ) -> Self {
         let (orders, inbox) = mpsc::unbounded_channel();
         let pending = Arc::new(AtomicUsize::new(0));
         let (queue, waiting) = (VecDeque::new(), Vec::new());
-        let relay = Relay { store, publisher, topology, inbox, pending: pending.clone(), queue, waiting };
+        let (pool, pending_too) = (pool.to_owned(), pending.clone());
+        let relay = Relay { store, publisher, topology, pool, limits, inbox, pending: pending_too, queue, waiting };
         tokio::spawn(relay.run());
         Self { orders, pending }
     }
@@ -68,6 +78,8 @@ struct Relay {
     store: Arc<dyn Store>,
     publisher: Publisher,
     topology: Arc<Subscriptions>,
+    pool: String,
+    limits: Limits,
     inbox: mpsc::UnboundedReceiver<Order>,
     pending: Arc<AtomicUsize>,
     queue: VecDeque<Row>,
@@ -132,7 +144,7 @@ impl Relay {
         }
         let outcomes = self.publisher.publish_all(wave.iter().map(|row| row.message.clone()).collect()).await;
         fault::point("outbox-published");
-        let (mut sent, mut kept, mut missing) = (Vec::new(), Vec::new(), false);
+        let (mut sent, mut kept, mut missing, mut unheard) = (Vec::new(), Vec::new(), false, Vec::new());
         for (row, outcome) in wave.into_iter().zip(outcomes) {
             match outcome {
                 Ok(_) => {
@@ -144,7 +156,10 @@ impl Relay {
                 Err(Refused::Returned { .. }) if row.message.exchange == BUS => {
                     metrics::count(names::UNHEARD, 1);
                     tracing::debug!(id = row.message.message_id, r#type = row.message.kind, "nobody subscribes to it");
-                    sent.push(row.id);
+                    match self.unheard(&row.message) {
+                        Some(answer) => unheard.push((row, answer)),
+                        None => sent.push(row.id),
+                    }
                 }
                 Err(refused) => {
                     missing |= matches!(refused, Refused::Returned { .. } | Refused::Forbidden(_));
@@ -156,6 +171,13 @@ impl Relay {
                     );
                     kept.push(row);
                 }
+            }
+        }
+        let answers = self.publisher.publish_all(unheard.iter().map(|(_, answer)| answer.clone()).collect()).await;
+        for ((row, _), outcome) in unheard.into_iter().zip(answers) {
+            match outcome {
+                Ok(_) | Err(Refused::Returned { .. }) => sent.push(row.id),
+                Err(_) => kept.push(row),
             }
         }
         let complete = kept.is_empty();
@@ -171,6 +193,16 @@ impl Relay {
             tracing::error!(%error, "the topology cannot be declared again");
         }
         complete
+    }
+
+    /// The answer to a process whose question nobody subscribes to.
+    fn unheard(&self, message: &Message) -> Option<Message> {
+        let event = message.read(self.limits, String::new).ok()?.event;
+        let error = format!("nobody subscribes to '{}': add a route for it, here or in another pool", event.kind());
+        let failed = Failed { reason: "unheard".into(), error };
+        let answer = answer(&event, Err(&failed), &self.pool, self.limits)?;
+        tracing::warn!(id = event.id(), r#type = event.kind(), "a step of a process fails: {}", failed.error);
+        Some(outgoing(&answer))
     }
 
     /// Until the store takes it: rows that stay would be published again by the next owner.

@@ -1,13 +1,14 @@
 //! A worker: the parts put together, run, and drained.
 use crate::admin::{self, Vitals};
-use crate::config::{self, Kind, Route, Routes};
+use crate::config::{self, File, Kind, Route, Routes};
 use crate::consumer::Subscriptions;
 use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
-use crate::handler::{self, Context, Failure, Handler, InTx, Reply, Rust};
+use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Rust};
 use crate::job::House;
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
+use crate::process::Plans;
 use crate::shutdown::Stop;
 use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
 use anyhow::Context as _;
@@ -33,6 +34,7 @@ use warren_shared::topology::{Order, Topology};
 pub struct Builder {
     settings: Settings,
     routes: Routes,
+    plans: Plans,
     mistakes: Vec<String>,
 }
 
@@ -41,17 +43,18 @@ pub struct Builder {
 pub struct Worker {
     settings: Settings,
     routes: Routes,
+    plans: Plans,
 }
 
 impl Worker {
     /// A worker with these settings; the routes that they name come first.
     #[must_use]
     pub fn builder(settings: Settings) -> Builder {
-        let (routes, mistakes) = match config::read(&settings) {
-            Ok(file) => (file.routes, Vec::new()),
-            Err(mistakes) => (Routes::default(), mistakes),
+        let (file, mistakes) = match config::read(&settings) {
+            Ok(file) => (file, Vec::new()),
+            Err(mistakes) => (File::default(), mistakes),
         };
-        Builder { settings, routes, mistakes }
+        Builder { settings, routes: file.routes, plans: file.processes, mistakes }
     }
 }
 
@@ -179,7 +182,7 @@ impl Builder {
             self.mistakes.push(format!("the handler of '{}': {}", route.on, StoreError::NoTransactions));
         }
         if self.mistakes.is_empty() {
-            Ok(Worker { settings: self.settings, routes: self.routes })
+            Ok(Worker { settings: self.settings, routes: self.routes, plans: self.plans })
         } else {
             Err(self.mistakes)
         }
@@ -198,6 +201,11 @@ fn is_rust(kind: &Kind) -> bool {
 const SETTLE: Duration = Duration::from_secs(3);
 
 impl Worker {
+    /// The business processes.
+    pub(crate) fn plans(&self) -> &Plans {
+        &self.plans
+    }
+
     /// The topology that it needs.
     #[must_use]
     pub fn topology(&self) -> Topology {
@@ -209,7 +217,7 @@ impl Worker {
     /// # Errors
     /// Why it cannot start. Once it runs, it waits for whatever fails.
     pub async fn run(self, mut stop: Stop) -> anyhow::Result<()> {
-        let Self { settings, routes } = self;
+        let Self { settings, routes, plans } = self;
         let name = worker_name(&settings);
         // Outbox rows belong to one run of one process, whatever its name: the suffix makes a successor a stranger.
         let run = format!("{name}#{}", uuid::Uuid::new_v4().simple());
@@ -222,6 +230,10 @@ impl Worker {
             let link = broker.connect_within("publish", settings.connect_timeout).await?;
             let store = open(&settings, &run).await?;
             store.beat().await?;
+            // Instances that begin under these definitions end under them, whatever is deployed meanwhile.
+            for plan in &plans {
+                store.keep(plan.id, plan.state()).await?;
+            }
             match settings.declare {
                 Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
                 Declare::Never => declare::check(&link, &topology.declarations()).await?,
@@ -237,7 +249,8 @@ impl Worker {
         let publisher = Publisher::start(broker.clone(), link, options);
         let subscriptions =
             Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits);
-        let outbox = Outbox::start(store.clone(), publisher.clone(), subscriptions.clone());
+        let outbox =
+            Outbox::start(store.clone(), publisher.clone(), subscriptions.clone(), &settings.pool, settings.limits);
 
         let pulse = Arc::new(Pulse::default());
         pulse.turned.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
@@ -287,7 +300,8 @@ impl Worker {
             Some(transactions) => Ok::<Transactions, StoreError>(Clone::clone(transactions)),
             None => Ok(transactions.insert(store.transactions(settings.database_connections)?).clone()),
         };
-        let handlers = routes.iter().map(|route| handler::build(route, &mut in_tx));
+        let processes: Arc<dyn Handler> = Arc::new(Processes::new(plans, store.clone()));
+        let handlers = routes.iter().map(|route| handler::build(route, &processes, &mut in_tx));
         let handlers: Vec<Arc<dyn Handler>> = handlers.collect::<Result<_, _>>()?;
         let running = pipeline::start(Parts {
             routes: routes.clone(),

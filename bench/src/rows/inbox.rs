@@ -72,7 +72,14 @@ fn fill(bench: &Bench, path: &Path, ids: u64) -> anyhow::Result<()> {
 
 fn known(n: u64) -> Effect {
     let seen = Seen { identity: Identity::of("/known", &n.to_string()), replayed: 0 };
-    Effect { seen: Some(seen), outcome: Outcome::Done, started: None, partition: "".into(), out: Vec::new() }
+    Effect {
+        seen: Some(seen),
+        outcome: Outcome::Done,
+        started: None,
+        partition: "".into(),
+        out: Vec::new(),
+        change: None,
+    }
 }
 
 /// Waits until the write-ahead log is part of the file: the store's thread may still be closing it.

@@ -106,7 +106,7 @@ pub enum Going {
 }
 
 /// Why an instance wants to be woken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Wait {
     /// The step may not have answered by then.
     Timeout,

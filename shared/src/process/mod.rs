@@ -7,4 +7,4 @@ mod instance;
 pub mod wire;
 
 pub use definition::{Definition, Draft, Mistake, Step};
-pub use instance::{Command, Direction, End, Fact, Going, Instance, Place, Wait};
+pub use instance::{Command, Direction, End, Fact, Going, Instance, Place, State, Wait};

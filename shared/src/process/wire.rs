@@ -149,6 +149,13 @@ pub fn asks(event: &Event) -> bool {
         && Try::of(event).is_some()
 }
 
+/// Whether an event answers a step.
+#[must_use]
+pub fn is_answer(event: &Event) -> bool {
+    let kind = event.kind();
+    (kind.ends_with(DONE) || kind.ends_with(FAILED)) && Name::of(event).is_some() && Try::of(event).is_some()
+}
+
 /// The answer to an event that asks for a step.
 ///
 /// # Errors
@@ -227,7 +234,7 @@ mod tests {
         let time = "2026-01-01T00:00:00Z";
         let done = answer(&question, Ok(Some(&result)), "/warren/shop", time, Limits::default()).expect("valid");
         assert_eq!(done.kind(), "payment.charge.done");
-        assert!(!asks(&done));
+        assert!(!asks(&done) && is_answer(&done) && !is_answer(&question));
         assert_eq!((Name::of(&done), Try::of(&done)), (Some(name), "charge#2".parse().ok()));
         assert_eq!((done.key(), done.lane()), ("k1".into(), question.lane()));
         assert_eq!(super::result(&done).get(), r#"{"paid":7}"#);

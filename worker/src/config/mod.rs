@@ -1,15 +1,18 @@
 //! What the file says, `WARREN_CONFIG` or `WARREN_ROUTES`: which event goes to which handler, under which law.
 //!
 //! A new top-level field is a field of [`File`], a line in [`parse`] and a file here that reads it from its [`read::Node`].
+mod processes;
 mod read;
 mod routes;
 
 pub use routes::{Command, Kind, Route, Routes};
 
+use crate::process::Plans;
 use read::{Mistakes, Node, Table};
 use std::time::Duration;
 use warren_shared::delivery::{Law, Wait};
 use warren_shared::env::Settings;
+use warren_shared::process::wire::OWN;
 use warren_shared::retry::Policy;
 use warren_shared::topology::{BUS, Subscription, Topology};
 
@@ -39,7 +42,9 @@ pub fn too_long(law: &Law, timeout: Duration, settings: &Settings) -> Option<Str
 /// The pool's topology: what the variables say, and bindings for what the routes want.
 #[must_use]
 pub fn topology(settings: &Settings, routes: &Routes) -> Topology {
-    let wanted = routes.iter().map(|r| Subscription { exchange: BUS.into(), pattern: r.on.clone() });
+    // What a process tells itself comes by the pool's own door.
+    let heard = |route: &&Route| route.on.to_string() != OWN;
+    let wanted = routes.iter().filter(heard).map(|r| Subscription { exchange: BUS.into(), pattern: r.on.clone() });
     let mut subscriptions: Vec<Subscription> = Vec::new();
     for subscription in wanted.chain(settings.subscribe.iter().cloned()) {
         if !subscriptions.contains(&subscription) {
@@ -61,6 +66,8 @@ pub fn topology(settings: &Settings, routes: &Routes) -> Topology {
 pub struct File {
     /// `routes:`.
     pub routes: Routes,
+    /// `processes:`.
+    pub(crate) processes: Plans,
 }
 
 /// Reads the file that the settings name.
@@ -83,6 +90,9 @@ fn parse(origin: &str, text: &str, settings: &Settings) -> Result<File, Vec<Stri
     if let Some(mut table) = Node::read(text, &mistakes).and_then(|node| Table::of(node, "", &mistakes)) {
         if let Some(node) = table.take("routes") {
             file.routes = Routes::read(node, settings, &mistakes);
+        }
+        if let Some(node) = table.take("processes") {
+            file.processes = processes::read(node, &mut file.routes, settings, &mistakes);
         }
         table.finish();
     }

@@ -97,6 +97,18 @@ impl Node {
         }
     }
 
+    /// The fields of a table whose names are free, with their lines; none for nothing. What is neither is noted under its `name`.
+    pub(super) fn entries(self, name: &str, mistakes: &Mistakes) -> Vec<(String, u64, Self)> {
+        match self.value {
+            Value::Table(fields) => {
+                return fields.into_iter().filter_map(|field| Some((field.name, field.line, field.value?))).collect();
+            }
+            Value::Scalar(Json::Null) => {}
+            _ => mistakes.note(self.line, format!("{name} is not a table of fields")),
+        }
+        Vec::new()
+    }
+
     /// The nodes of a list; none for nothing. What is neither is noted under its `name`.
     pub(super) fn list(self, name: &str, mistakes: &Mistakes) -> Vec<Self> {
         match self.value {
@@ -146,6 +158,11 @@ impl<'m> Table<'m> {
             }
         };
         Some(Self { what, path: String::new(), line, fields, known: Vec::new(), mistakes })
+    }
+
+    /// What it is.
+    pub(super) fn what(&self) -> &str {
+        &self.what
     }
 
     /// The line of a field; the table's where the field is not there.

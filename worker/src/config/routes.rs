@@ -10,6 +10,7 @@ use warren_shared::Event;
 use warren_shared::delivery::{Law, Wait};
 use warren_shared::env::Settings;
 use warren_shared::pattern::Pattern;
+use warren_shared::process::wire;
 use warren_shared::retry::Policy;
 
 /// A route.
@@ -40,6 +41,8 @@ pub enum Kind {
     Log,
     /// By an event of this type.
     Emit(String),
+    /// By a business process.
+    Process,
     /// By a Rust function.
     Rust(Arc<Rust>),
     /// By a Rust function inside the store's transaction.
@@ -79,6 +82,13 @@ impl Routes {
     #[must_use]
     pub fn get(&self, place: usize) -> Option<&Route> {
         self.0.get(place)
+    }
+
+    /// The place of the route that takes an event: answers to steps of processes go to the processes, whatever is defined today.
+    #[must_use]
+    pub fn of(&self, event: &Event) -> Option<usize> {
+        let process = || self.0.iter().position(|route| matches!(route.kind, Kind::Process));
+        wire::is_answer(event).then(process).flatten().or_else(|| self.find(event.kind()))
     }
 
     /// The place of the most specific route that takes a type.
@@ -210,7 +220,7 @@ impl Kind {
     }
 }
 
-fn policy(table: &mut Table<'_>) -> Policy {
+pub(super) fn policy(table: &mut Table<'_>) -> Policy {
     let mut policy = Policy::default();
     let Some(mut retry) = table.table("retry") else { return policy };
     policy.attempts = retry.number("attempts", 1..=1_000_000).unwrap_or(policy.attempts);

@@ -6,10 +6,12 @@ mod exec;
 mod filtered;
 mod line;
 mod log;
+mod process;
 mod program;
 mod rust;
 mod tx;
 
+pub(crate) use process::Processes;
 pub use rust::{Failure, Rust};
 pub use tx::InTx;
 
@@ -120,12 +122,13 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
-/// Makes a route's handler. `transactions` are asked for by those that need them.
+/// Makes a route's handler. `processes` takes the events of all processes; `transactions` are asked for by those that need them.
 ///
 /// # Errors
 /// The store has none.
 pub fn build(
     route: &Route,
+    processes: &Arc<dyn Handler>,
     transactions: impl FnOnce() -> Result<Transactions, StoreError>,
 ) -> Result<Arc<dyn Handler>, StoreError> {
     let mut transform = route.transform.clone();
@@ -133,6 +136,7 @@ pub fn build(
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
+        Kind::Process => processes.clone(),
         Kind::Rust(handler) => handler.clone(),
         Kind::InTx(handler) => handler.on(transactions()?),
     };

@@ -89,7 +89,7 @@ impl Pipeline {
             if incoming.identified == Identified::OnArrival {
                 self.anonymous(&incoming);
             }
-            let route = self.parts.routes.find(incoming.event.kind());
+            let route = self.parts.routes.of(&incoming.event);
             let (lane, priority, attempt, due) =
                 (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
             let job = Job::of_event(ticket, redelivered, incoming, route, since);

@@ -1,0 +1,125 @@
+//! Business processes at work: what is kept of an instance, and what an event makes of it.
+//!
+//! The law is `warren_shared::process`; here it meets the store, the wire and jq. An instance is a state in the store: who
+//! handles one of its events reads it, asks the law, and commits the new state together with the events that follow.
+mod draw;
+mod instances;
+mod record;
+
+pub(crate) use draw::{Style, draw};
+pub(crate) use instances::{Instances, Order, Shown};
+pub(crate) use record::{Due, Record, Scene};
+
+use crate::jq::{Jq, Limits, TIME};
+use crate::store::State;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use uuid::Uuid;
+use warren_shared::pattern::Pattern;
+use warren_shared::process::wire::{DONE, FAILED};
+use warren_shared::process::{Definition, Draft, Mistake};
+
+/// A process that can run: its definition, with what is written in jq compiled.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// Derived from all that is written: a definition that changes gets another one.
+    pub(crate) id: Uuid,
+    pub(crate) definition: Definition,
+    written: String,
+    whens: Vec<Option<Jq>>,
+    withs: Vec<Option<Jq>>,
+}
+
+/// A definition as the store keeps it, for the instances that it began.
+#[derive(Debug, Serialize, Deserialize)]
+struct Written {
+    name: String,
+    on: String,
+    steps: Vec<Draft>,
+}
+
+impl Plan {
+    /// Checks a definition and compiles its expressions.
+    ///
+    /// # Errors
+    /// Every mistake.
+    pub(crate) fn new(name: &str, on: Pattern, steps: Vec<Draft>) -> Result<Self, Vec<Mistake>> {
+        let written = Written { name: name.into(), on: on.to_string(), steps };
+        let text = serde_json::to_string(&written).unwrap_or_default();
+        let mut mistakes = Vec::new();
+        for step in &written.steps {
+            for (field, text) in [("when", &step.when), ("with", &step.with)] {
+                if let Some(Err(error)) = text.as_deref().map(Jq::compile) {
+                    mistakes.push(Mistake { step: Some(step.name.clone()), problem: format!("'{field}': {error}") });
+                }
+            }
+        }
+        let definition = match Definition::new(name, on, written.steps) {
+            Ok(definition) if mistakes.is_empty() => definition,
+            Ok(_) => return Err(mistakes),
+            Err(more) => return Err([more, mistakes].concat()),
+        };
+        let compiled = |text: &Option<String>| text.as_deref().and_then(|text| Jq::compile(text).ok());
+        Ok(Self {
+            id: Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes()),
+            whens: definition.steps.iter().map(|step| compiled(&step.when)).collect(),
+            withs: definition.steps.iter().map(|step| compiled(&step.with)).collect(),
+            definition,
+            written: text,
+        })
+    }
+
+    /// The definition that a state holds.
+    pub(crate) fn read(state: &State) -> Result<Self, String> {
+        let written: Written = serde_json::from_slice(&state.body).map_err(|error| error.to_string())?;
+        let on = Pattern::parse(&written.on).map_err(|error| error.to_string())?;
+        Self::new(&written.name, on, written.steps)
+            .map_err(|mistakes| mistakes.into_iter().map(|mistake| mistake.problem).collect::<Vec<_>>().join("; "))
+    }
+
+    /// The state that holds the definition.
+    pub(crate) fn state(&self) -> State {
+        State {
+            kind: "definition".into(),
+            name: self.definition.name.clone(),
+            status: String::new(),
+            key: String::new(),
+            ended: false,
+            body: self.written.clone().into_bytes(),
+        }
+    }
+
+    /// The types of the events that answer its steps.
+    pub(crate) fn answers(&self) -> Vec<Pattern> {
+        let asked = self.definition.steps.iter().flat_map(|step| [Some(&step.action), step.undo.as_ref()]).flatten();
+        let both = asked.flat_map(|kind| [DONE, FAILED].map(|ending| format!("{kind}{ending}")));
+        let mut answers: Vec<String> = both.collect();
+        answers.sort_unstable();
+        answers.dedup();
+        answers.iter().filter_map(|kind| Pattern::parse(kind).ok()).collect()
+    }
+
+    /// Whether a decision may compute for long.
+    pub(crate) fn computes(&self) -> bool {
+        self.whens.iter().chain(&self.withs).any(Option::is_some)
+    }
+}
+
+/// Whether a condition holds: an output of it is neither false nor null.
+fn holds(when: &Jq, input: &[u8], output: usize) -> Result<bool, String> {
+    let outputs = when.run(input, Limits { time: TIME, output }).map_err(|error| error.to_string())?;
+    Ok(outputs.iter().any(|output| !matches!(&output[..], b"false" | b"null")))
+}
+
+/// The one output that an expression has.
+fn one(with: &Jq, input: &[u8], output: usize) -> Result<Vec<u8>, String> {
+    let mut outputs = with.run(input, Limits { time: TIME, output }).map_err(|error| error.to_string())?;
+    match (outputs.pop(), outputs.len()) {
+        (Some(data), 0) => Ok(data),
+        (None, _) => Err("it has no output, the event needs data".into()),
+        (Some(_), more) => Err(format!("it has {} outputs, the event has one", more + 1)),
+    }
+}
+
+/// All processes of a pool.
+pub(crate) type Plans = Vec<Arc<Plan>>;
