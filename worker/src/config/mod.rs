@@ -1,6 +1,6 @@
 //! What the file says, `WARREN_CONFIG` or `WARREN_ROUTES`: which event goes to which handler, under which law.
 //!
-//! A new top-level field is a field of [`File`], a line in [`parse`] and a file here that reads it from its [`read::Node`].
+//! A new top-level field is a field of [`File`], a line in `parse` and a file here that reads it from its `read::Node`.
 mod processes;
 mod read;
 mod routes;

@@ -200,6 +200,98 @@ fn whatever_a_program_does_its_run_ends() {
 }
 
 #[test]
+fn a_function_that_calls_itself_ends_wherever_the_call_stands() {
+    let mut wrong = Vec::new();
+    for body in [
+        "f | f",
+        "f, 1",
+        "1, (f | . + 1)",
+        "[f]",
+        "{a: f}",
+        "\"\\(f)\"",
+        "-f",
+        "f + 1",
+        "f == 1",
+        "f and true",
+        "f // 1",
+        "f?",
+        "try f catch .",
+        "f as $x | $x",
+        "f as [$x] | $x",
+        "if f then 1 else 2 end",
+        "reduce f as $x (0; 1)",
+        "reduce 1 as $x (f; 1)",
+        "reduce 1 as $x (0; f)",
+        "foreach f as $x (0; 1; 2)",
+        "label $l | f | 1",
+        "path(f)",
+        "first(f)",
+        "last(f)",
+        "[limit(1; f)]",
+        "isempty(f)",
+        "f |= 1",
+        ".[f]",
+        ".[f:]",
+        "[2, 1] | sort_by(f)",
+        "[1] | group_by(f)",
+        "[1] | map(f)",
+        "{a: 1} | map_values(f)",
+        "[1] | .[0] |= f",
+        "walk(f)",
+        "def g: f; [g]",
+        "def g(h): [h]; g(f)",
+        "recurse(f)",
+        "[1] | .[] += f",
+        "error(f)",
+        "getpath(f)",
+        "del(f)",
+        "[(1, 2) | f]",
+        "[1] | any(f)",
+        "\"a\" | sub(\"a\"; f)",
+    ] {
+        match run_in(&format!("def f: {body}; [f]"), "null", LIMITS) {
+            Err(JqError::Deep | JqError::Late(_) | JqError::Large) => {}
+            Err(JqError::Failed(error)) if error.starts_with("invalid path expression") => {}
+            end => wrong.push(format!("{body}: {end:?}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn what_is_as_deep_as_it_may_be_can_be_used() {
+    for (make, ends) in [("[.]", "[[[["), ("{a: .}", "{\"a\":{\"a\":")] {
+        let deep = format!("reduce range(128) as $i (1; {make})");
+        assert!(run(&deep, "null").expect("deep")[0].starts_with(ends));
+        for with in [
+            ". == .",
+            "[.] | unique | length",
+            "tojson | length",
+            "\"\\(.)\" | length",
+            "[..] | length",
+            "[paths] | length",
+        ] {
+            let begun = run(&format!("{deep} | {with}"), "null");
+            assert!(matches!(begun, Ok(_) | Err(JqError::Deep)), "{with}: {begun:?}");
+        }
+        for with in [
+            ".. |= .",
+            "walk(.)",
+            "del(..)",
+            "[leaf_paths?]",
+            "flatten",
+            "{(tojson): 1}",
+            "group_by(.)",
+            "tojson | fromjson",
+            ". - .",
+            ". * .",
+        ] {
+            let _ = Jq::compile(&format!("{deep} | {with}")).map(|jq| jq.run(b"null", PATIENT));
+        }
+    }
+}
+
+#[test]
 fn numbers_do_not_grow_without_end() {
     for program in
         ["reduce range(60) as $i (10; . * .)", "reduce range(400) as $i (12345678901234567890; . * 1234567890)"]

@@ -11,8 +11,9 @@ use jaq_json::{Num, Rc, Val, write};
 use jaq_std::ValT as StdT;
 use std::cmp::Ordering;
 
-/// Values are nested at most so deep.
-pub(super) const DEPTH: u32 = 512;
+/// Values are nested at most so deep, as no JSON that Warren takes is deeper. Printing a level takes some kilobytes of stack
+/// where nothing is optimized.
+pub(super) const DEPTH: u32 = 128;
 /// Steps into what is not there, and slices of slices, in a row: the paths that jaq keeps of them are chains, which it drops
 /// one inside the other.
 const STEPS: u32 = 2_000;
