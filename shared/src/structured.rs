@@ -77,16 +77,25 @@ impl Event {
             }
         }
         event.set_data(members, limits)?;
-        if let Some(defaults) = defaults {
-            event.edit().time.get_or_insert(defaults.time);
-            if event.subject().is_none() && event.extension("partitionkey").is_none() {
-                event.set("partitionkey", Value::Text(defaults.key))?;
-            }
-            if let (None, Some(trace)) = (event.extension("traceparent"), defaults.trace) {
-                event.set("traceparent", Value::Text(trace))?;
-            }
+        match defaults {
+            Some(defaults) => event.with_defaults(defaults),
+            None => Ok(event),
         }
-        Ok(event)
+    }
+
+    /// The same event with time, key and trace where it says nothing of them.
+    ///
+    /// # Errors
+    /// Names the default that no attribute can hold.
+    pub fn with_defaults(mut self, defaults: Defaults) -> Result<Self, Unreadable> {
+        self.edit().time.get_or_insert(defaults.time);
+        if self.subject().is_none() && self.extension("partitionkey").is_none() {
+            self.set("partitionkey", Value::Text(defaults.key))?;
+        }
+        if let (None, Some(trace)) = (self.extension("traceparent"), defaults.trace) {
+            self.set("traceparent", Value::Text(trace))?;
+        }
+        Ok(self)
     }
 
     fn set_data(&mut self, members: &Members<'_>, limits: Limits) -> Result<(), Unreadable> {

@@ -308,7 +308,12 @@ impl Worker {
             handlers: handlers.clone(),
             law: config::law(&settings),
             house: House { topology: topology.clone(), worker: name.clone(), limits: settings.limits },
-            context: Context { timeout: config::TIMEOUT, pool: settings.pool.as_str().into(), limits: settings.limits },
+            context: Context {
+                attempt: 1,
+                timeout: config::TIMEOUT,
+                pool: settings.pool.as_str().into(),
+                limits: settings.limits,
+            },
             concurrency: settings.concurrency,
             owned: settings.order == Order::Key,
             store: store.clone(),

@@ -1,7 +1,7 @@
 //! `routes:`, one table each.
 use super::read::{Mistakes, Node, Table};
 use super::{TIMEOUT, too_long};
-use crate::handler::{InTx, Rust};
+use crate::handler::{Endpoint, InTx, Rust};
 use crate::jq::Jq;
 use serde_json::Value as Json;
 use std::sync::Arc;
@@ -37,6 +37,8 @@ pub struct Route {
 pub enum Kind {
     /// By a long-lived program.
     Exec(Command),
+    /// By an HTTP service.
+    Http(Endpoint),
     /// By a line in the log.
     Log,
     /// By an event of this type.
@@ -189,7 +191,7 @@ fn program(table: &mut Table<'_>, name: &'static str) -> Option<Jq> {
 }
 
 /// Of these a route has one.
-const KINDS: [&str; 3] = ["exec", "log", "emit"];
+const KINDS: [&str; 4] = ["exec", "http", "log", "emit"];
 
 impl Kind {
     fn read(table: &mut Table<'_>) -> Option<Self> {
@@ -201,6 +203,9 @@ impl Kind {
         }
         let argv = table.get::<Vec<String>>("exec", "a list of program and arguments");
         let processes = table.number("processes", 1..=256).map_or(1, |n| n as usize);
+        let http = table
+            .get::<String>("http", "a URL")
+            .and_then(|url| Endpoint::parse(&url).map_err(|why| table.mistake("http", why)).ok().map(Self::Http));
         let log = table.take("log").map(|_| Self::Log);
         let emit = table.get::<String>("emit", "an event type").and_then(|kind| {
             let legal = Event::new("id", "/", kind.clone());
@@ -215,7 +220,7 @@ impl Kind {
                 None
             }
             Some(argv) => Some(Self::Exec(Command { argv, processes })),
-            None => log.or(emit),
+            None => http.or(log).or(emit),
         }
     }
 }
@@ -276,7 +281,7 @@ mod tests {
             "2: route 1 (on: order*): 'timeout' is wrong",
             "3: route 2: 'on' is missing",
             "3: route 2: 'exec' is empty",
-            "4: route 3 (on: a.b): a route has exactly one of: exec, log, emit",
+            "4: route 3 (on: a.b): a route has exactly one of: exec, http, log, emit",
             "7: route 4 (on: a): 'retri' is unknown, did you mean 'retry'?",
             "8: route 5 (on: s): all attempts",
             "9: route 6 (on: a): route 4 (on: a) in line 5 has the same pattern",
@@ -308,5 +313,30 @@ mod tests {
         }
         assert_eq!(mistakes.len(), wanted.len(), "{mistakes:#?}");
         assert!(read("routes: {}").expect_err("no list")[0].contains("1: 'routes' is not a list"));
+    }
+
+    #[test]
+    fn a_service_has_a_url_without_secrets() {
+        let route = |url: &str| read(&format!("routes: [{{on: a.b, http: '{url}', timeout: 5s}}]"));
+        for url in ["http://payments:8080/charge", "https://pay.example?team=7", "http://[::1]:80/"] {
+            let routes = route(url).expect(url);
+            let Some(Kind::Http(endpoint)) = routes.get(0).map(|route| &route.kind) else { panic!("{url}") };
+            assert!(!format!("{endpoint} {endpoint:?}").contains("team"), "a query may hold a secret");
+        }
+        for (url, wanted) in [
+            ("payments:8080/charge", "'http' begins neither with http:// nor with https://: write it like"),
+            ("/charge", "'http' is not a URL (relative URL without a base): write it like http://payments:8080/charge"),
+            ("ftp://payments/charge", "'http' begins neither"),
+            ("http://", "'http' is not a URL (empty host)"),
+            ("http://me@payments/charge", "'http' holds a user or a password: take them out"),
+            ("http://:hidden@payments/charge", "'http' holds a user or a password: take them out"),
+            ("http://payments/charge#hidden", "'http' holds a fragment, which is never sent: take it out"),
+        ] {
+            let mistakes = route(url).expect_err(url);
+            assert!(mistakes.len() == 1 && mistakes[0].contains(wanted), "{url}: {mistakes:?}");
+            assert!(!mistakes[0].contains("hidden"), "{url}: {mistakes:?}");
+        }
+        let mistakes = read("routes: [{on: a, http: 5}]").expect_err("a number is no URL");
+        assert!(mistakes.len() == 1 && mistakes[0].contains("'http' is not a URL: "), "{mistakes:?}");
     }
 }

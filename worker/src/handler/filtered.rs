@@ -99,8 +99,9 @@ mod tests {
 
     fn call(event: Event) -> Call {
         let entry = Entry { seen: None, started: None, partition: "p".into() };
-        let context = Context { timeout: Duration::from_secs(1), pool: "orders".into(), limits: Size::default() };
-        Call { event, attempt: 1, context, entry }
+        let timeout = Duration::from_secs(1);
+        let context = Context { attempt: 1, timeout, pool: "orders".into(), limits: Size::default() };
+        Call { event, context, entry, kept: None }
     }
 
     fn order(data: &str) -> Event {

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::time::Duration;
-use warren_shared::{Event, Identity, env, json};
+use warren_shared::{Event, Identity, env};
 
 /// A program's words are cut here: a dead letter's header takes no more.
 const ERROR_LIMIT: usize = 1024;
@@ -14,7 +14,7 @@ pub(super) fn write(call: &Call, out: &mut Vec<u8>) {
     use std::io::Write;
     let now = jiff::Timestamp::now();
     let deadline = now.checked_add(call.context.timeout).unwrap_or(jiff::Timestamp::MAX);
-    let (event, attempt) = (call.event.to_json(), call.attempt);
+    let (event, attempt) = (call.event.to_json(), call.context.attempt);
     writeln!(out, "{{\"event\":{event},\"attempt\":{attempt},\"deadline\":\"{deadline:.3}\"}}")
         .expect("a vector takes all that is written");
 }
@@ -92,23 +92,13 @@ impl Said<'_> {
         };
         match text(status).as_deref() {
             Some("done") => {
-                Ok(Outcome::Done(Reply { result: self.result(call)?, emit: self.emit(call)?, ..Reply::default() }))
+                let result = self.result.map(|raw| call.result(raw.get().as_bytes())).transpose()?.flatten();
+                Ok(Outcome::Done(Reply { result, emit: self.emit(call)?, ..Reply::default() }))
             }
             Some("retry") => Ok(Outcome::Retry { error: error(), after: self.after()? }),
             Some("dead") => Ok(Outcome::Dead { error: error() }),
             _ => Err(format!("'status' is {}, not one of: done, retry, dead", plain(status.get(), 32))),
         }
-    }
-
-    fn result(&self, call: &Call) -> Result<Option<serde_json::Value>, String> {
-        let Some(raw) = self.result else { return Ok(None) };
-        let (text, limits) = (raw.get(), call.context.limits);
-        if text.len() > limits.body {
-            return Err(format!("result: it has {} bytes, the limit is {}", text.len(), limits.body));
-        }
-        // It travels as an event's data, so it must be what data must be.
-        json::check(text.as_bytes(), limits.depth).map_err(|e| format!("result: {e}"))?;
-        serde_json::from_str(text).map(Some).map_err(|_| "result: it holds a number that is none".into())
     }
 
     fn emit(&self, call: &Call) -> Result<Vec<Event>, String> {
@@ -145,8 +135,9 @@ mod tests {
 
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
-        let context = Context { timeout: Duration::from_secs(5), pool: "p".into(), limits: Default::default() };
-        Call { event: event.expect("valid"), attempt: 3, context, entry: Default::default(), kept: None }
+        let timeout = Duration::from_secs(5);
+        let context = Context { attempt: 3, timeout, pool: "p".into(), limits: Default::default() };
+        Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
     }
 
     fn outcome(rest: &str) -> Outcome {

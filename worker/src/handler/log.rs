@@ -13,7 +13,7 @@ impl Handler for Log {
             source = event.source(),
             r#type = event.kind(),
             key = %event.key(),
-            attempt = call.attempt,
+            attempt = call.context.attempt,
             "event {} of {}",
             event.id(),
             event.kind()

@@ -1,9 +1,12 @@
 //! The handler contract: an event and its context in, an outcome out. Handlers return, they do not send.
 //!
 //! A new kind of handler is a file here, a variant of `config::Kind` and a line in [`build`].
+#[cfg(test)]
+mod conformance;
 mod emit;
 mod exec;
 mod filtered;
+mod http;
 mod line;
 mod log;
 mod process;
@@ -11,6 +14,7 @@ mod program;
 mod rust;
 mod tx;
 
+pub use http::Endpoint;
 pub(crate) use process::Processes;
 pub use rust::{Failure, Rust};
 pub use tx::InTx;
@@ -30,8 +34,6 @@ use warren_shared::structured::Defaults;
 pub struct Call {
     /// The event.
     pub event: Event,
-    /// The attempt, counted from 1.
-    pub attempt: u32,
     /// What the handler may ask.
     pub context: Context,
     /// What is recorded of it where the handler runs inside the store's transaction.
@@ -43,11 +45,13 @@ pub struct Call {
 /// What surrounds a call.
 #[derive(Clone, Debug)]
 pub struct Context {
+    /// The attempt that this call is, counted from 1.
+    pub attempt: u32,
     /// How long the handler may take.
     pub timeout: Duration,
     /// The pool; emitted events come from it.
     pub pool: Arc<str>,
-    /// How large emitted events may be.
+    /// How large results and emitted events may be.
     pub limits: Limits,
 }
 
@@ -134,6 +138,7 @@ pub fn build(
     let mut transform = route.transform.clone();
     let handler: Arc<dyn Handler> = match &route.kind {
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
+        Kind::Http(endpoint) => Arc::new(http::Http::new(endpoint.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
         Kind::Process => processes.clone(),
@@ -168,5 +173,33 @@ impl Call {
     /// Says why it is not an event.
     pub fn emitted(&self, index: usize, json: &[u8]) -> Result<Event, Unreadable> {
         Event::from_partial(json, self.context.limits, self.defaults(index))
+    }
+
+    /// Reads a result, JSON; `null` is none. It travels as an event's data, so it must be what data must be.
+    ///
+    /// # Errors
+    /// Says why it is none, without quoting it.
+    pub fn result(&self, json: &[u8]) -> Result<Option<serde_json::Value>, String> {
+        let Limits { body, depth } = self.context.limits;
+        if json.len() > body {
+            return Err(format!("result: it has {} bytes, the limit is {body}", json.len()));
+        }
+        warren_shared::json::check(json, depth).map_err(|error| format!("result: {error}"))?;
+        let value = serde_json::from_slice(json).map_err(|_| "result: it holds a number that is none")?;
+        Ok(Some(value).filter(|value: &serde_json::Value| !value.is_null()))
+    }
+
+    /// A reply of a handler that makes its events itself, held to what the others' replies are held to: its events get
+    /// key, trace and time of the call where they have none, and nothing is larger than the limits allow.
+    pub(crate) fn held_to(&self, mut reply: Reply) -> Result<Reply, String> {
+        let fit = |(i, event): (usize, Event)| {
+            let size = event.data().map_or(0, |data| data.as_bytes().len());
+            let fits = size <= self.context.limits.body;
+            let fits = fits.then_some(event).ok_or(Unreadable::TooLarge { size, limit: self.context.limits.body });
+            fits.and_then(|event| event.with_defaults(self.defaults(i))).map_err(|error| format!("emit[{i}]: {error}"))
+        };
+        let emit = std::mem::take(&mut reply.emit).into_iter().enumerate().map(fit).collect::<Result<_, _>>()?;
+        let result = reply.result.take().map(|value| self.result(value.to_string().as_bytes())).transpose()?.flatten();
+        Ok(Reply { result, emit, ..reply })
     }
 }

@@ -70,17 +70,21 @@ impl Handler for Rust {
     fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
         let function = self.0.clone();
         Box::pin(async move {
-            let timeout = call.context.timeout;
+            let (event, context) = (call.event.clone(), call.context.clone());
             // The function itself may panic before it returns its future.
-            ended(timeout, async move { function(call.event, call.context).await }).await
+            ended(&call, async move { function(event, context).await }).await
         })
     }
 }
 
 /// How a function ends, one way or the other.
-pub(super) async fn ended(timeout: Duration, work: impl Future<Output = Result<Reply, Failure>>) -> Outcome {
+pub(super) async fn ended(call: &Call, work: impl Future<Output = Result<Reply, Failure>>) -> Outcome {
+    let timeout = call.context.timeout;
     match tokio::time::timeout(timeout, AssertUnwindSafe(work).catch_unwind()).await {
-        Ok(Ok(Ok(reply))) => Outcome::Done(reply),
+        Ok(Ok(Ok(reply))) => match call.held_to(reply) {
+            Ok(reply) => Outcome::Done(reply),
+            Err(error) => Outcome::Dead { error: format!("the handler's reply is wrong: {error}") },
+        },
         Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
         Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
         Ok(Err(panic)) => {
@@ -103,8 +107,9 @@ mod tests {
         Fut: Future<Output = Result<Reply, Failure>> + Send + 'static,
     {
         let event = Event::new("1", "/tests", "a.b").expect("valid");
-        let context = Context { timeout: Duration::from_millis(50), pool: "p".into(), limits: Limits::default() };
-        Rust::new(function).handle(Call { event, attempt: 1, context, entry: Default::default(), kept: None }).await
+        let timeout = Duration::from_millis(50);
+        let context = Context { attempt: 1, timeout, pool: "p".into(), limits: Limits::default() };
+        Rust::new(function).handle(Call { event, context, entry: Default::default(), kept: None }).await
     }
 
     #[tokio::test]

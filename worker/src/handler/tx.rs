@@ -68,7 +68,7 @@ impl Handler for Running {
                 let mut result = None;
                 let work = async |tx: Tx| {
                     let function = function.clone();
-                    match ended(timeout, async move { function(event, tx, context).await }).await {
+                    match ended(&call, async move { function(event, tx, context).await }).await {
                         Outcome::Done(reply) => {
                             let answer = answer(&cause, Ok(reply.result.as_ref()), &pool, limits);
                             let out = reply.emit.iter().chain(&answer).map(outgoing).collect();

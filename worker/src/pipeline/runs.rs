@@ -49,9 +49,9 @@ impl Pipeline {
         let (Some(route), Some(handler)) = (self.parts.routes.get(place), self.parts.handlers.get(place)) else {
             return;
         };
-        let context = Context { timeout: route.timeout, ..self.parts.context.clone() };
+        let context = Context { attempt: run.attempt, timeout: route.timeout, ..self.parts.context.clone() };
         let kept = job.kept.clone();
-        let call = handler.handle(Call { event, attempt: run.attempt, context, entry: job.entry(), kept });
+        let call = handler.handle(Call { event, context, entry: job.entry(), kept });
         self.calls.push(Started { id, call });
     }
 
