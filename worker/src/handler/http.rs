@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 use warren_shared::event::{Data, Event, Unreadable, Value};
 use warren_shared::retry::LONGEST;
 
@@ -157,8 +158,8 @@ fn head(call: &Call) -> HeaderMap {
         }
     }
     head.insert("warren-attempt", call.context.attempt.into());
-    let key = HeaderValue::try_from(format!("{:?}", event.identity())).expect("a UUID is ASCII");
-    head.insert("idempotency-key", key);
+    let key = Uuid::from_bytes(*event.identity().as_bytes()).to_string();
+    head.insert("idempotency-key", HeaderValue::try_from(key).expect("a UUID is ASCII"));
     head
 }
 

@@ -180,7 +180,7 @@ async fn a_dropped_call_ends_and_the_next_is_answered(kind: Kind) {
 }
 
 async fn large_data_comes_and_goes(kind: Kind) {
-    const SIZE: usize = 8 << 20;
+    const SIZE: usize = 3 << 20;
     let stage = Stage::open(kind).await;
     let text = format!("\"{}\"", "y".repeat(SIZE));
     let event = Event::new("in", "/tests", "a.b").and_then(|event| event.with_json(text.as_bytes(), super::LIMITS));
