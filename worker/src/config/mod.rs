@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn mistakes_are_told_with_the_files_name_and_their_lines() {
         let text = "rutes: []\n";
-        let told = "1: 'rutes' is unknown, did you mean 'routes'?; known are: routes";
+        let told = "1: 'rutes' is unknown, did you mean 'routes'?; known are: routes, processes";
         assert_eq!(read(&settings("WARREN_ROUTES", text)).expect_err("a mistake"), [format!("WARREN_ROUTES:{told}")]);
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), text).expect("written");

@@ -44,23 +44,23 @@ fn process(table: &mut Table<'_>, mistakes: &Mistakes) -> Option<Plan> {
         table.wrong("it has no 'steps': name at least one, such as charge: {do: payment.charge, undo: payment.refund}");
         return None;
     };
-    let (mut drafts, mut lines, mut sound) = (Vec::new(), BTreeMap::new(), true);
+    let (mut drafts, mut lines, mut whole) = (Vec::new(), BTreeMap::new(), true);
     for (step, line, node) in steps.entries(&format!("{what}: 'steps'"), mistakes) {
         lines.entry(step.clone()).or_insert(line);
         let Some(mut table) = Table::of(node, format!("{what}, step '{step}'"), mistakes) else {
-            sound = false;
+            whole = false;
             continue;
         };
-        let draft = draft(step, &mut table);
-        sound &= draft.is_some();
-        drafts.extend(draft);
+        let (draft, is_whole) = draft(step, &mut table);
+        whole &= is_whole;
+        drafts.push(draft);
         table.finish();
     }
-    if !sound {
-        return None;
-    }
-    let made = Plan::new(&name?, on?, drafts);
-    made.map_err(|found| {
+    // What is missing was noted: the rest is looked at all the same.
+    whole &= name.is_some() && on.is_some();
+    let name = name.unwrap_or_else(|| "unnamed".into());
+    let made = Plan::new(&name, on.or_else(|| Pattern::parse("unknown").ok())?, drafts);
+    let made = made.map_err(|found| {
         for mistake in found {
             match mistake.step.as_ref() {
                 Some(step) => {
@@ -70,24 +70,28 @@ fn process(table: &mut Table<'_>, mistakes: &Mistakes) -> Option<Plan> {
                 None => table.wrong(mistake.problem),
             }
         }
-    })
-    .ok()
+    });
+    made.ok().filter(|_| whole)
 }
 
-fn draft(name: String, table: &mut Table<'_>) -> Option<Draft> {
+/// A step, and whether nothing of it is missing.
+fn draft(name: String, table: &mut Table<'_>) -> (Draft, bool) {
     let action = table.need::<String>("do", "the type of the event that asks for it");
-    Some(Draft {
+    let (has_retry, retry) = (table.has("retry"), policy(table));
+    let whole = action.is_some();
+    let draft = Draft {
         name,
+        action: action.unwrap_or_else(|| "unknown".into()),
         undo: table.get("undo", "the type of the event that takes it back"),
         after: table.get("after", "a list of steps").unwrap_or_default(),
         timeout: table.time("timeout"),
-        retry: table.has("retry").then(|| policy(table)),
+        retry: has_retry.then_some(retry),
         when: table.get("when", "a condition in jq"),
         with: table.get("with", "an expression in jq"),
         optional: table.get("optional", "true or false").unwrap_or(false),
         last: table.get("final", "true or false").unwrap_or(false),
-        action: action?,
-    })
+    };
+    (draft, whole)
 }
 
 /// Adds the routes of a process: what starts it, what answers its steps, and what it tells itself.
@@ -188,7 +192,7 @@ processes:
   - name: empty
     on: empty*
 ";
-        let found = read(text).err().expect("mistakes");
+        let found = read(text).expect_err("mistakes");
         for wanted in [
             "8: process 'order', step 'b': it has no 'undo'",
             "9: process 'order', step 'c': 'when': ",
@@ -197,9 +201,9 @@ processes:
             "10: process 'order', step 'd': 'timeout' is wrong",
             "11: process 'order', step 'e': 'aftr' is unknown, did you mean 'after'?",
             "11: process 'order', step 'e': 'do' is missing",
-            "12: process 'circle': these steps wait for each other: a → b → a",
+            "12: process 'circle': these steps wait for each other: b → a → b",
             "17: process 3: 'name' is missing",
-            "19: process 'empty': 'on' is no pattern",
+            "20: process 'empty': 'on' is no pattern",
             "19: process 'empty': it has no 'steps'",
         ] {
             assert!(
@@ -212,7 +216,7 @@ processes:
     #[test]
     fn an_event_has_one_taker() {
         let both = format!("routes:\n  - {{on: order.placed, log: {{}}}}\n{}", ORDER.trim_start());
-        let found = read(&both).err().expect("a mistake");
+        let found = read(&both).expect_err("a mistake");
         assert!(found[0].contains("WARREN_ROUTES:5: process 'order': a route takes 'order.placed', too"), "{found:?}");
         assert!(read(&format!("routes:\n  - {{on: 'order.*', log: {{}}}}\n{}", ORDER.trim_start())).is_ok());
     }
