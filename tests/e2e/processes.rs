@@ -357,7 +357,7 @@ async fn thousands_of_orders_end_and_add_up_whoever_is_killed() -> anyhow::Resul
     lab.set("WARREN_CRASH_LIMIT", "100");
     lab.declare().await?;
     let sinks = listen(&lab).await?;
-    let mut fleet = vec![lab.worker()?, lab.worker()?, lab.worker()?];
+    let mut fleet = [lab.worker()?, lab.worker()?, lab.worker()?];
     lab.send(&orders(ORDERS)).await?;
     for round in 0..12 {
         let before = served(&lab).len();
