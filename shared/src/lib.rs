@@ -11,6 +11,7 @@ pub mod delivery;
 pub mod env;
 pub mod event;
 pub mod fleet;
+pub mod gather;
 pub mod json;
 pub mod lane;
 pub mod pattern;

@@ -266,6 +266,40 @@ async fn a_step_that_nobody_subscribes_to_fails_with_that_reason() -> anyhow::Re
 }
 
 #[tokio::test]
+async fn who_only_looks_on_answers_nothing_and_a_person_gives_up_what_nobody_answers() -> anyhow::Result<()> {
+    let steps = "
+      reserve: { do: inventory.reserve, undo: inventory.release }
+      weigh: { do: scales.weigh, undo: scales.reset, after: [reserve], timeout: 1s }
+";
+    let lab = lab_of("processes-audit", steps)?;
+    lab.declare().await?;
+    let [completed, compensated] = listen(&lab).await?;
+    let store = format!("sqlite://{}", lab.path("audit.db").display());
+    let audit = "routes: [{on: 'scales.*', log: {}}]";
+    let pool = [("WARREN_POOL", "processes-audit-log"), ("WARREN_ROUTES", audit), ("DATABASE_URL", store.as_str())];
+    let auditor = lab.worker_with(&pool)?;
+    until("the auditor is there", PATIENCE, || auditor.log().contains("takes events")).await?;
+    let _worker = lab.worker()?;
+    lab.send(&[order(1, json!({}))]).await?;
+    until("the auditor sees it", PATIENCE, || auditor.log().contains("of scales.weigh")).await?;
+    let mut shown = instance(&lab, "running").await;
+    for _ in 0..100 {
+        shown = instance(&lab, "compensating").await;
+        if shown.is_ok() {
+            break;
+        }
+    }
+    let shown = shown?;
+    ensure!(shown["waits_for"][0] == "weigh's late answer", "{shown}");
+    let id = shown["instance"].as_str().context("an id")?;
+    expect_exit(&lab.run(&["process", "cancel", id]).await?, 0)?;
+    ends(&compensated, 1).await?;
+    ensure!(done(&lab, "k1") == ["reserve", "undo.reserve"], "{:?}", done(&lab, "k1"));
+    ensure!(completed.distinct().is_empty(), "it ended twice");
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_instance_ends_under_the_definition_that_it_began_with() -> anyhow::Result<()> {
     let mut lab = lab_of("processes-deploy", STEPS)?;
     lab.declare().await?;

@@ -226,10 +226,12 @@ impl Job {
 
     /// What its success sends: what the handler emits, the answer to a process, and what this pool gets after a time.
     fn sent(&self, event: &Event, house: &House) -> Vec<Message> {
-        let Reply { emit, later, result, .. } = &self.reply;
+        let Reply { emit, later, result, looked_on, .. } = &self.reply;
         let mut sent: Vec<Message> = emit.iter().map(outgoing).collect();
-        let answer = answer(event, Ok(result.as_ref()), &house.topology.pool, house.limits);
-        sent.extend(answer.as_ref().map(outgoing));
+        if !looked_on {
+            let answer = answer(event, Ok(result.as_ref()), &house.topology.pool, house.limits);
+            sent.extend(answer.as_ref().map(outgoing));
+        }
         sent.extend(later.iter().map(|(after, event)| {
             let lane = event.lane().map(str::to_owned);
             delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())

@@ -7,6 +7,7 @@ mod routes;
 
 pub use routes::{Command, Kind, Route, Routes};
 
+use crate::handler::OVERDUE;
 use crate::process::Plans;
 use read::{Mistakes, Node, Table};
 use std::time::Duration;
@@ -42,8 +43,8 @@ pub fn too_long(law: &Law, timeout: Duration, settings: &Settings) -> Option<Str
 /// The pool's topology: what the variables say, and bindings for what the routes want.
 #[must_use]
 pub fn topology(settings: &Settings, routes: &Routes) -> Topology {
-    // What a process tells itself comes by the pool's own door.
-    let heard = |route: &&Route| route.on.to_string() != OWN;
+    // What processes and groups tell themselves comes by the pool's own door.
+    let heard = |route: &&Route| route.on.as_str() != OWN && !route.on.as_str().starts_with(OVERDUE);
     let wanted = routes.iter().filter(heard).map(|r| Subscription { exchange: BUS.into(), pattern: r.on.clone() });
     let mut subscriptions: Vec<Subscription> = Vec::new();
     for subscription in wanted.chain(settings.subscribe.iter().cloned()) {

@@ -1,7 +1,7 @@
 //! `routes:`, one table each.
 use super::read::{Mistakes, Node, Table};
 use super::{TIMEOUT, too_long};
-use crate::handler::{Endpoint, InTx, Rust};
+use crate::handler::{Endpoint, Gathering, InTx, Rust};
 use crate::jq::Jq;
 use serde_json::Value as Json;
 use std::sync::Arc;
@@ -43,6 +43,8 @@ pub enum Kind {
     Log,
     /// By an event of this type.
     Emit(String),
+    /// By what becomes of its group.
+    Gather(Arc<Gathering>),
     /// By a business process.
     Process,
     /// By a Rust function.
@@ -124,12 +126,26 @@ impl Routes {
             routes.push(route);
         }
         for (place, Named { route: name, line }) in names.iter().enumerate() {
-            if let Kind::Emit(kind) = &routes.0[place].kind
-                && routes.find(kind) == Some(place)
-            {
+            let emitted = match &routes.0[place].kind {
+                Kind::Emit(kind) => Some(kind),
+                Kind::Gather(gathering) => Some(&gathering.emit),
+                _ => None,
+            };
+            if let Some(kind) = emitted.filter(|kind| routes.find(kind) == Some(place)) {
                 let round = format!("{name}: it takes what it emits ('{kind}'), which would go round for ever");
                 mistakes.note(*line, format!("{round}: emit another type, or narrow 'on'"));
             }
+        }
+        for (place, Named { route: name, line }) in names.iter().enumerate() {
+            let Kind::Gather(gathering) = &routes.0[place].kind else { continue };
+            let Ok(on) = Pattern::parse(&gathering.overdue()) else { continue };
+            if routes.iter().any(|other| other.on == on) {
+                let same = format!("{name}: another route gathers into '{}': name another type", gathering.emit);
+                mistakes.note(*line, same);
+                continue;
+            }
+            let Route { kind, timeout, law, .. } = routes.0[place].clone();
+            routes.push(Route { on, kind, timeout, law, concurrency: None, condition: None, transform: None });
         }
         routes
     }
@@ -191,7 +207,7 @@ fn program(table: &mut Table<'_>, name: &'static str) -> Option<Jq> {
 }
 
 /// Of these a route has one.
-const KINDS: [&str; 4] = ["exec", "http", "log", "emit"];
+const KINDS: [&str; 5] = ["exec", "http", "log", "emit", "gather"];
 
 impl Kind {
     fn read(table: &mut Table<'_>) -> Option<Self> {
@@ -207,22 +223,35 @@ impl Kind {
             .get::<String>("http", "a URL")
             .and_then(|url| Endpoint::parse(&url).map_err(|why| table.mistake("http", why)).ok().map(Self::Http));
         let log = table.take("log").map(|_| Self::Log);
-        let emit = table.get::<String>("emit", "an event type").and_then(|kind| {
-            let legal = Event::new("id", "/", kind.clone());
-            legal
-                .map_err(|error| table.mistake("emit", format!("is no event type: {error}")))
-                .ok()
-                .map(|_| Self::Emit(kind))
-        });
+        let emit = event_type(table).map(Self::Emit);
+        let gather = gathering(table).map(|gathering| Self::Gather(Arc::new(gathering)));
         match argv {
             Some(argv) if argv.is_empty() => {
                 table.mistake("exec", "is empty: name a program");
                 None
             }
             Some(argv) => Some(Self::Exec(Command { argv, processes })),
-            None => http.or(log).or(emit),
+            None => http.or(log).or(emit).or(gather),
         }
     }
+}
+
+fn gathering(table: &mut Table<'_>) -> Option<Gathering> {
+    let mut inner = table.table("gather")?;
+    let emit = event_type(&mut inner);
+    if !inner.has("emit") {
+        inner.mistake("emit", "is missing: name the type of the event that a group becomes");
+    }
+    let (group, count, deadline) = (program(&mut inner, "group"), program(&mut inner, "count"), inner.time("deadline"));
+    inner.finish();
+    Some(Gathering { emit: emit?, group, count, deadline })
+}
+
+/// The field `emit`.
+fn event_type(table: &mut Table<'_>) -> Option<String> {
+    let kind = table.get::<String>("emit", "an event type")?;
+    let legal = Event::new("id", "/", kind.clone());
+    legal.map_err(|error| table.mistake("emit", format!("is no event type: {error}"))).ok().map(|_| kind)
 }
 
 pub(super) fn policy(table: &mut Table<'_>) -> Policy {
@@ -281,7 +310,7 @@ mod tests {
             "2: route 1 (on: order*): 'timeout' is wrong",
             "3: route 2: 'on' is missing",
             "3: route 2: 'exec' is empty",
-            "4: route 3 (on: a.b): a route has exactly one of: exec, http, log, emit",
+            "4: route 3 (on: a.b): a route has exactly one of: exec, http, log, emit, gather",
             "7: route 4 (on: a): 'retri' is unknown, did you mean 'retry'?",
             "8: route 5 (on: s): all attempts",
             "9: route 6 (on: a): route 4 (on: a) in line 5 has the same pattern",
@@ -338,5 +367,28 @@ mod tests {
         }
         let mistakes = read("routes: [{on: a, http: 5}]").expect_err("a number is no URL");
         assert!(mistakes.len() == 1 && mistakes[0].contains("'http' is not a URL: "), "{mistakes:?}");
+    }
+
+    #[test]
+    fn a_gathering_is_read_with_its_deadline_s_route() {
+        let routes = read(
+            "routes:\n  - on: parcel.weighed\n    where: .data.ok\n    gather: {emit: order.weighed, group: .data.order, count: 3, deadline: 30s}\n",
+        )
+        .expect("valid");
+        let over = routes.find("warren.gather.order.weighed").and_then(|place| routes.get(place)).expect("a route");
+        assert!(matches!(over.kind, Kind::Gather(_)) && over.condition.is_none());
+        let mistakes = read(
+            "routes:\n  - {on: a, gather: {emit: x}}\n  - {on: b, gather: {emit: x}}\n  - {on: c, gather: {grup: 1}}\n  - {on: d.e, gather: {emit: d.e}}\n",
+        )
+        .expect_err("mistakes");
+        for (found, wanted) in mistakes.iter().zip([
+            "3: route 2 (on: b): another route gathers into 'x'",
+            "4: route 3 (on: c): 'gather.emit' is missing",
+            "4: route 3 (on: c): 'gather.grup' is unknown, did you mean 'group'?",
+            "5: route 4 (on: d.e): it takes what it emits",
+        ]) {
+            assert!(found.starts_with(&format!("WARREN_ROUTES:{wanted}")), "{found} is not {wanted}");
+        }
+        assert_eq!(mistakes.len(), 4, "{mistakes:#?}");
     }
 }

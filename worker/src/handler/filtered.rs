@@ -22,7 +22,8 @@ impl Handler for Filtered {
         Box::pin(async move {
             let filtered = || {
                 metrics::count_by(names::FILTERED, "route", route.to_string(), 1);
-                Outcome::Done(Reply::done())
+                // Whoever handles it may be another pool.
+                Outcome::Done(Reply::looked_on())
             };
             if let Some(condition) = condition {
                 match run(condition, "where", &call).await {

@@ -18,6 +18,6 @@ impl Handler for Log {
             event.id(),
             event.kind()
         );
-        Box::pin(std::future::ready(Outcome::Done(Reply::done())))
+        Box::pin(std::future::ready(Outcome::Done(Reply::looked_on())))
     }
 }

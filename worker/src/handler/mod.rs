@@ -6,6 +6,7 @@ mod conformance;
 mod emit;
 mod exec;
 mod filtered;
+mod gather;
 mod http;
 mod line;
 mod log;
@@ -14,6 +15,8 @@ mod program;
 mod rust;
 mod tx;
 
+pub use gather::Gathering;
+pub(crate) use gather::OVERDUE;
 pub use http::Endpoint;
 pub(crate) use process::Processes;
 pub use rust::{Failure, Rust};
@@ -96,6 +99,8 @@ pub struct Reply {
     pub emit: Vec<Event>,
     /// Events for this pool, each after a time.
     pub(crate) later: Vec<(Duration, Event)>,
+    /// It only looked on: a process that asks for a step is not answered.
+    pub(crate) looked_on: bool,
     /// What becomes of the state that the call was given.
     pub(crate) change: Option<Change>,
 }
@@ -105,6 +110,11 @@ impl Reply {
     #[must_use]
     pub fn done() -> Self {
         Self::default()
+    }
+
+    /// Nothing to say, also not to a process.
+    pub(crate) fn looked_on() -> Self {
+        Self { looked_on: true, ..Self::default() }
     }
 
     /// The same with one more event to publish.
@@ -141,6 +151,7 @@ pub fn build(
         Kind::Http(endpoint) => Arc::new(http::Http::new(endpoint.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
+        Kind::Gather(gathering) => Arc::new(gather::Gather(gathering.clone())),
         Kind::Process => processes.clone(),
         Kind::Rust(handler) => handler.clone(),
         Kind::InTx(handler) => handler.on(transactions()?),

@@ -1,0 +1,197 @@
+//! Routes that filter, transform, emit, gather and call services, on a real broker and store.
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::time::Duration;
+use warren_shared::topology::BUS;
+use warren_tests::lab::{Lab, event, until};
+use warren_tests::{Sink, broker::root};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[tokio::test]
+async fn events_are_filtered_transformed_and_emitted() -> anyhow::Result<()> {
+    let mut lab = Lab::new("routes-emit")?;
+    lab.set(
+        "WARREN_ROUTES",
+        "
+routes:
+  - on: order.viewed
+    where: .data.total > 100
+    transform: '.data.items[] | {order: $__loc__.line, item: .}'
+    emit: item.wanted
+  - on: item.wanted
+    log: {}
+",
+    );
+    // `$__loc__` is no part of the language here.
+    let check = lab.run(&["check"]).await?;
+    ensure!(check.status.code() == Some(64), "{}", String::from_utf8_lossy(&check.stdout));
+    lab.set(
+        "WARREN_ROUTES",
+        "
+routes:
+  - on: order.viewed
+    where: .data.total > 100
+    transform: '.id as $id | .data.items[] | {order: $id, item: .}'
+    emit: item.wanted
+",
+    );
+    lab.declare().await?;
+    let wanted = Sink::listen(&lab.url(), "wanted", BUS, "item.wanted").await?;
+    let _worker = lab.worker()?;
+    let viewed = |n: usize, total: Value, items: Value| {
+        event(&format!("v{n}"), "order.viewed", &format!("k{n}"), json!({"total": total, "items": items}))
+    };
+    lab.send(&[
+        viewed(1, json!(50), json!(["a"])),
+        viewed(2, json!(150), json!(["b", "c"])),
+        viewed(3, json!(200), json!([])),
+        viewed(4, json!(200), json!("no list")),
+        viewed(5, json!(300), json!(["d"])),
+    ])
+    .await?;
+    lab.settled(5, PATIENCE).await?;
+    until("all are heard", PATIENCE, || wanted.distinct().len() == 3).await?;
+    let items: BTreeSet<String> = wanted
+        .distinct()
+        .iter()
+        .map(|event| event.json::<Value>().map(|data| format!("{} {} {}", data["order"], data["item"], event.key())))
+        .collect::<Result<_, _>>()?;
+    ensure!(
+        items == BTreeSet::from(["\"v2\" \"b\" k2", "\"v2\" \"c\" k2", "\"v5\" \"d\" k5"].map(str::to_owned)),
+        "{items:?}"
+    );
+    let dead = lab.dead().await?;
+    ensure!(dead == [("v4".to_owned(), "permanent".to_owned())], "{dead:?}");
+    Ok(())
+}
+
+fn member(group: &str, n: usize, size: Option<usize>) -> Value {
+    let mut event = event(&format!("{group}-{n}"), "parcel.weighed", &format!("parcel-{group}-{n}"), json!({"n": n}));
+    event["groupid"] = json!(group);
+    if let Some(size) = size {
+        event["groupsize"] = json!(size);
+    }
+    event
+}
+
+#[tokio::test]
+async fn groups_become_one_event_each_whoever_handles_their_members_and_dies() -> anyhow::Result<()> {
+    const GROUPS: usize = 40;
+    let mut lab = Lab::new("routes-gather")?;
+    lab.set("WARREN_ROUTES", "routes: [{on: parcel.weighed, gather: {emit: order.weighed}}]");
+    lab.set("WARREN_CRASH_LIMIT", "100");
+    lab.declare().await?;
+    let gathered = Sink::listen(&lab.url(), "gathered", BUS, "order.weighed").await?;
+    let mut fleet = [lab.worker()?, lab.worker()?];
+    // Members of a group have keys of their own, so they meet at the group from several partitions and workers.
+    let mut all: Vec<Value> =
+        (0..25).flat_map(|n| (0..GROUPS).map(move |group| member(&format!("g{group}"), n, Some(25)))).collect();
+    let again: Vec<Value> = all.iter().step_by(7).cloned().collect();
+    all.extend(again);
+    let (sent, killed) = tokio::join!(lab.send(&all), async {
+        for round in 0..4 {
+            lab.progressed(150 * (round + 1), PATIENCE).await?;
+            let victim = &mut fleet[round % 2];
+            victim.kill().await?;
+            *victim = lab.worker()?;
+        }
+        anyhow::Ok(())
+    });
+    sent?;
+    killed?;
+    until("all groups are there", PATIENCE, || gathered.distinct().len() >= GROUPS).await?;
+    lab.settled(25 * GROUPS, PATIENCE).await?;
+    let mut seen = BTreeSet::new();
+    for event in gathered.distinct() {
+        let data: Value = event.json()?;
+        let members: BTreeSet<u64> =
+            data["members"].as_array().context("a list")?.iter().filter_map(|m| m["n"].as_u64()).collect();
+        ensure!(members.iter().copied().eq(0..25) && data["complete"] == true && data["count"] == 25, "{data}");
+        ensure!(seen.insert(event.key().into_owned()), "{} twice", event.key());
+    }
+    ensure!(seen.len() == GROUPS && lab.dead().await?.is_empty(), "{seen:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_group_is_closed_by_its_deadline_and_what_comes_later_is_told() -> anyhow::Result<()> {
+    let mut lab = Lab::new("routes-deadline")?;
+    lab.set("WARREN_ROUTES", "routes: [{on: parcel.weighed, gather: {emit: order.weighed, deadline: 2s}}]");
+    lab.declare().await?;
+    let gathered = Sink::listen(&lab.url(), "gathered", BUS, "order.weighed").await?;
+    let _worker = lab.worker()?;
+    lab.send(&[member("late", 0, None), member("late", 1, None), member("full", 0, Some(2)), member("full", 1, None)])
+        .await?;
+    until("both are closed", PATIENCE, || gathered.distinct().len() == 2).await?;
+    let by_group = |events: Vec<warren_shared::Event>| -> anyhow::Result<BTreeMap<String, (bool, u64)>> {
+        let one = |event: &warren_shared::Event| {
+            let data: Value = event.json()?;
+            Ok((event.key().into_owned(), (data["complete"] == true, data["count"].as_u64().context("a count")?)))
+        };
+        events.iter().map(one).collect()
+    };
+    let found = by_group(gathered.distinct())?;
+    ensure!(found == BTreeMap::from([("full".into(), (true, 2)), ("late".into(), (false, 2))]), "{found:?}");
+    lab.send(&[member("late", 2, None), member("full", 2, Some(2))]).await?;
+    let mut dead = Vec::new();
+    for _ in 0..100 {
+        dead = lab.dead().await?;
+        if dead.len() == 2 {
+            break;
+        }
+    }
+    ensure!(dead.len() == 2 && dead.iter().all(|(_, reason)| reason == "permanent"), "{dead:?}");
+    ensure!(gathered.distinct().len() == 2, "a closed group was opened again");
+    Ok(())
+}
+
+/// A real process log, through a route that filters, transforms and gathers per case.
+#[tokio::test]
+async fn the_receipt_log_gathered_by_case_is_its_own_directly_follows_graph() -> anyhow::Result<()> {
+    let data = root().join("../shared/data");
+    let Ok(file) = std::fs::File::open(data.join("receipt.ndjson.gz")) else {
+        println!("SKIPPED: there is no {}/receipt.ndjson.gz, so this proves nothing here", data.display());
+        return Ok(());
+    };
+    let mut log = Vec::new();
+    flate2::read::GzDecoder::new(file).read_to_end(&mut log)?;
+    let wanted: Value = serde_json::from_str(&std::fs::read_to_string(data.join("receipt.dfg.json"))?)?;
+    let (events, cases) = (wanted["events"].as_u64().context("events")?, wanted["cases"].as_u64().context("cases")?);
+
+    let mut lab = Lab::new("routes-receipt")?;
+    lab.set(
+        "WARREN_ROUTES",
+        "
+routes:
+  - on: receipt.#
+    where: .data.activity != null
+    transform: '.type'
+    gather: {emit: case.gathered, group: .subject, deadline: 40s}
+",
+    );
+    lab.declare().await?;
+    let gathered = Sink::listen(&lab.url(), "gathered", BUS, "case.gathered").await?;
+    let _worker = lab.worker()?;
+    let (account, stderr) = lab.send_raw(log, &[]).await?;
+    ensure!(account["confirmed"] == events, "{account}\n{stderr}");
+    until("all cases are there", PATIENCE, || gathered.distinct().len() as u64 >= cases).await?;
+    let count = |counts: &mut BTreeMap<String, u64>, what: String| *counts.entry(what).or_default() += 1;
+    let [mut starts, mut ends, mut follows] = [const { BTreeMap::new() }; 3];
+    let mut members = 0;
+    for case in gathered.distinct() {
+        let case: Value = case.json()?;
+        let list: Vec<String> = serde_json::from_value(case["members"].clone())?;
+        members += list.len() as u64;
+        count(&mut starts, list.first().context("a member")?.clone());
+        count(&mut ends, list.last().context("a member")?.clone());
+        list.windows(2).for_each(|pair| count(&mut follows, format!("{} > {}", pair[0], pair[1])));
+    }
+    let found = json!({"events": members, "cases": gathered.distinct().len(), "starts": starts, "ends": ends, "directly_follows": follows});
+    for part in ["events", "cases", "starts", "ends", "directly_follows"] {
+        ensure!(found[part] == wanted[part], "{part}: found {}\nwanted {}", found[part], wanted[part]);
+    }
+    Ok(())
+}
