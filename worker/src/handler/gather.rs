@@ -116,7 +116,7 @@ impl Gathering {
         } else if let (None, Some(deadline)) = (&kept, self.deadline) {
             reply.later.push((deadline, self.deadline_of(&name, id, &call).map_err(dead)?));
         }
-        reply.change = Some(self.change(id, kept.as_ref(), &record)?);
+        reply.change = Some(self.change(id, kept.as_ref(), &record).map_err(dead)?);
         Ok(Outcome::Done(reply))
     }
 
@@ -175,7 +175,7 @@ impl Gathering {
         event.with_json(&serde_json::to_vec(data).unwrap_or_default(), Limits { body, depth })
     }
 
-    fn change(&self, id: Uuid, kept: Option<&Kept>, record: &Record) -> Result<Change, Outcome> {
+    fn change(&self, id: Uuid, kept: Option<&Kept>, record: &Record) -> Result<Change, serde_json::Error> {
         let status = match record.group.closed() {
             None => "open",
             Some(Closed::Complete) => "complete",
@@ -187,7 +187,7 @@ impl Gathering {
             status: status.into(),
             key: record.name.clone(),
             ended: record.group.closed().is_some(),
-            body: serde_json::to_vec(record).map_err(dead)?,
+            body: serde_json::to_vec(record)?,
         };
         Ok(Change { id, found: kept.map_or(0, |kept| kept.version), state })
     }
