@@ -304,6 +304,10 @@ impl Pipeline {
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
             // Its start counts when its turn comes: whoever waits is not to blame for a death before that.
             Action::Run(run) if run.company == Company::Alone => {
+                // Its effect was outdated: it waits for another turn.
+                if self.solo == Some(id) {
+                    self.solo = None;
+                }
                 self.alone.push_back(id);
                 self.unmark(id);
             }
