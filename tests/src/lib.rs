@@ -14,6 +14,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod receipt;
 pub mod trace;
 
 pub use broker::Rabbit;

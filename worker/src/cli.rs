@@ -96,10 +96,10 @@ enum ProcessCommand {
 #[derive(Args)]
 #[group(multiple = false)]
 struct Picture {
-    /// Draw the processes instead, for Mermaid
+    /// Draw instead, for Mermaid
     #[arg(long)]
     mermaid: bool,
-    /// Draw the processes instead, for Graphviz
+    /// Draw instead, for Graphviz
     #[arg(long)]
     dot: bool,
 }

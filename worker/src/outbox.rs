@@ -173,11 +173,13 @@ impl Relay {
                 }
             }
         }
-        let answers = self.publisher.publish_all(unheard.iter().map(|(_, answer)| answer.clone()).collect()).await;
-        for ((row, _), outcome) in unheard.into_iter().zip(answers) {
-            match outcome {
-                Ok(_) | Err(Refused::Returned { .. }) => sent.push(row.id),
-                Err(_) => kept.push(row),
+        if !unheard.is_empty() {
+            let (rows, answers): (Vec<Row>, Vec<Message>) = unheard.into_iter().unzip();
+            for (row, outcome) in rows.into_iter().zip(self.publisher.publish_all(answers).await) {
+                match outcome {
+                    Ok(_) | Err(Refused::Returned { .. }) => sent.push(row.id),
+                    Err(_) => kept.push(row),
+                }
             }
         }
         let complete = kept.is_empty();

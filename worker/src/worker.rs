@@ -104,8 +104,7 @@ impl Builder {
                     let cure = Routes::cure(&on, &other.on);
                     self.mistakes.push(format!("the handler of '{on}': the route of '{}' {cure}", other.on));
                 }
-                let (timeout, concurrency) = (config::TIMEOUT, None);
-                self.routes.push(Route { on, kind, timeout, law, concurrency, condition: None, transform: None });
+                self.routes.push(Route::new(on, kind, config::TIMEOUT, law));
             }
             Err(mistake) => self.mistakes.push(mistake),
         }

@@ -1,6 +1,6 @@
 //! `processes:`: the definitions, checked, with a line for every mistake.
 use super::read::{Mistakes, Node, Table};
-use super::routes::{Kind, Route, Routes, policy};
+use super::routes::{Kind, Route, Routes, pattern, policy};
 use super::{TIMEOUT, law};
 use crate::process::{Plan, Plans};
 use std::collections::BTreeMap;
@@ -36,9 +36,7 @@ pub(super) fn read(list: Node, routes: &mut Routes, settings: &Settings, mistake
 
 fn process(table: &mut Table<'_>, mistakes: &Mistakes) -> Option<Plan> {
     let name = table.need::<String>("name", "the process");
-    let on = table.need::<String>("on", "the event type that starts it, or a pattern").and_then(|text| {
-        Pattern::parse(&text).map_err(|error| table.mistake("on", format!("is no pattern: {error}"))).ok()
-    });
+    let on = pattern(table, "the event type that starts it, or a pattern");
     let what = table.what().to_owned();
     let Some(steps) = table.take("steps") else {
         table.wrong("it has no 'steps': name at least one, such as charge: {do: payment.charge, undo: payment.refund}");
@@ -106,15 +104,7 @@ fn add(plan: &Plan, routes: &mut Routes, settings: &Settings, conflict: impl Fn(
                 conflict(format!("another process begins on '{on}' or waits for it: an event has one taker"));
             }
             Some(false) => conflict(format!("a route takes '{on}', too: an event has one taker")),
-            None => routes.push(Route {
-                on,
-                kind: Kind::Process,
-                timeout: TIMEOUT,
-                law: law(settings),
-                concurrency: None,
-                condition: None,
-                transform: None,
-            }),
+            None => routes.push(Route::new(on, Kind::Process, TIMEOUT, law(settings))),
         }
     }
 }

@@ -145,7 +145,7 @@ impl Routes {
                 continue;
             }
             let Route { kind, timeout, law, .. } = routes.0[place].clone();
-            routes.push(Route { on, kind, timeout, law, concurrency: None, condition: None, transform: None });
+            routes.push(Route::new(on, kind, timeout, law));
         }
         routes
     }
@@ -174,10 +174,14 @@ struct Named {
 }
 
 impl Route {
+    /// A route that takes every event of its pattern as it comes, as many at once as there are places.
+    #[must_use]
+    pub fn new(on: Pattern, kind: Kind, timeout: Duration, law: Law) -> Self {
+        Self { on, kind, timeout, law, concurrency: None, condition: None, transform: None }
+    }
+
     fn read(table: &mut Table<'_>, settings: &Settings) -> Option<Self> {
-        let on = table.need::<String>("on", "an event type or a pattern").and_then(|text| {
-            Pattern::parse(&text).map_err(|error| table.mistake("on", format!("is no pattern: {error}"))).ok()
-        });
+        let on = pattern(table, "an event type or a pattern");
         let kind = Kind::read(table);
         let timeout = table.time("timeout").unwrap_or(TIMEOUT);
         let retry = policy(table);
@@ -190,6 +194,12 @@ impl Route {
         let concurrency = table.number("concurrency", 1..=65_535).map(|n| n as usize);
         Some(Self { on: on?, kind: kind?, timeout, law, concurrency, condition, transform })
     }
+}
+
+/// The field `on`, which has to be there.
+pub(super) fn pattern(table: &mut Table<'_>, what: &str) -> Option<Pattern> {
+    let text = table.need::<String>("on", what)?;
+    Pattern::parse(&text).map_err(|error| table.mistake("on", format!("is no pattern: {error}"))).ok()
 }
 
 /// A field that holds a jq program.

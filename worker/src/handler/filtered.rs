@@ -1,6 +1,6 @@
 //! `where` and `transform` before any kind of handler: whether it gets an event, and with which data.
 use super::{Call, Handler, Outcome, Reply};
-use crate::jq::{Jq, JqError, Limits, TIME};
+use crate::jq::{self, Jq, JqError, Limits, TIME};
 use crate::metrics::{self, names};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ impl Handler for Filtered {
             };
             if let Some(condition) = condition {
                 match run(condition, "where", &call).await {
-                    Ok(outputs) if outputs.iter().any(|json| !matches!(json.as_slice(), b"false" | b"null")) => {}
+                    Ok(outputs) if jq::holds(&outputs) => {}
                     Ok(_) => return filtered(),
                     Err(outcome) => return outcome,
                 }

@@ -9,9 +9,9 @@ use serde_json::value::RawValue;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
+use warren_shared::Event;
 use warren_shared::event::{Unreadable, Value};
 use warren_shared::gather::{Closed, Group, Taken};
-use warren_shared::{Event, Limits};
 
 /// What a route gathers.
 #[derive(Clone, Debug)]
@@ -171,8 +171,7 @@ impl Gathering {
         if let Some(trace) = call.event.extension("traceparent") {
             event = event.with("traceparent", trace.clone())?;
         }
-        let Limits { body, depth } = call.context.limits;
-        event.with_json(&serde_json::to_vec(data).unwrap_or_default(), Limits { body, depth })
+        event.with_json(&serde_json::to_vec(data).unwrap_or_default(), call.context.limits)
     }
 
     fn change(&self, id: Uuid, kept: Option<&Kept>, record: &Record) -> Result<Change, serde_json::Error> {

@@ -72,22 +72,27 @@ impl Inner {
                 }
             },
         };
-        let plan = match (&role, &kept) {
+        let (plan, record) = match (&role, &kept) {
             // The same event again: the instance is there.
             (Role::Starts, Some(_)) => return Ok(Outcome::Done(Reply::done())),
-            (_, None) => self.started_by(&call.event).ok_or("nothing begins with it")?,
+            (_, None) => {
+                let plan = self.started_by(&call.event).ok_or("nothing begins with it")?;
+                let record = Record::new(&plan, &call.event);
+                (plan, record)
+            }
             (_, Some(kept)) => {
-                let id = Record::read(&kept.state).map_err(|error| unreadable(&name, &error))?.definition;
-                match self.plan(id).await {
-                    Ok(plan) => plan,
+                let record = Record::read(&kept.state);
+                let record = record.map_err(|error| format!("the state of {name} cannot be read: {error}"))?;
+                match self.plan(record.definition).await {
+                    Ok(plan) => (plan, record),
                     Err(error) => return Ok(Outcome::Retry { error: format!("{name}: {error}"), after: None }),
                 }
             }
         };
         if !plan.computes() {
-            return decide(&call, &name, role, kept.as_ref(), &plan).map(Outcome::Done);
+            return decide(&call, &name, role, kept.as_ref(), record, &plan).map(Outcome::Done);
         }
-        let decided = tokio::task::spawn_blocking(move || decide(&call, &name, role, kept.as_ref(), &plan));
+        let decided = tokio::task::spawn_blocking(move || decide(&call, &name, role, kept.as_ref(), record, &plan));
         decided.await.map_err(|error| format!("the decision broke off: {error}"))?.map(Outcome::Done)
     }
 
@@ -103,9 +108,7 @@ impl Inner {
         if let Some(plan) = known().get(&id).cloned() {
             return Ok(plan);
         }
-        let kept = self.store.load(vec![id]).await.map_err(|error| error.to_string())?.pop().flatten();
-        let kept = kept.ok_or_else(|| format!("the store does not hold its definition {id}"))?;
-        let plan = Plan::read(&kept.state).map_err(|error| format!("its definition {id} cannot be read: {error}"))?;
+        let plan = Plan::load(&*self.store, id).await?;
         Ok(known().entry(id).or_insert(Arc::new(plan)).clone())
     }
 }
@@ -121,17 +124,16 @@ fn role(event: &Event) -> Option<Role> {
     }
 }
 
-fn unreadable(name: &Name, error: &str) -> String {
-    format!("the state of {name} cannot be read: {error}")
-}
-
 /// What follows from an event.
-fn decide(call: &Call, name: &Name, role: Role, kept: Option<&Kept>, plan: &Plan) -> Result<Reply, String> {
+fn decide(
+    call: &Call,
+    name: &Name,
+    role: Role,
+    kept: Option<&Kept>,
+    mut record: Record,
+    plan: &Plan,
+) -> Result<Reply, String> {
     let (event, now) = (&call.event, jiff::Timestamp::now().as_millisecond());
-    let mut record = match kept {
-        Some(kept) => Record::read(&kept.state).map_err(|error| unreadable(name, &error))?,
-        None => Record::new(plan, event),
-    };
     let was = record.instance.clone();
     let facts = match role {
         Role::Starts => {
@@ -142,15 +144,16 @@ fn decide(call: &Call, name: &Name, role: Role, kept: Option<&Kept>, plan: &Plan
             let Due { due } = event.json().map_err(|error| format!("no timer: {error}"))?;
             record.woken(due, now)
         }
-        Role::Cancels => vec![Fact::Cancelled],
-        Role::Resumes => vec![Fact::Resumed],
+        Role::Cancels => {
+            record.note(now, "cancelled by a person".into());
+            vec![Fact::Cancelled]
+        }
+        Role::Resumes => {
+            record.note(now, "resumed by a person".into());
+            vec![Fact::Resumed]
+        }
         Role::Answers(asked) => vec![answered(&mut record, event, &asked, plan, now)?],
     };
-    let is_order = matches!(facts[..], [Fact::Cancelled | Fact::Resumed]);
-    if is_order {
-        record
-            .note(now, if facts == [Fact::Cancelled] { "cancelled by a person" } else { "resumed by a person" }.into());
-    }
     let scene = Scene { plan, name, pool: &call.context.pool, limits: call.context.limits, now, chance: chance() };
     let turn = record.take(facts, &scene).map_err(|error| format!("{name}: {error}"))?;
     if record.instance == was && kept.is_some() && turn.emit.is_empty() && turn.later.is_none() {

@@ -134,6 +134,11 @@ impl Jq {
     }
 }
 
+/// What the outputs of a condition say: it holds where one of them is neither `false` nor `null`.
+pub(crate) fn holds(outputs: &[Vec<u8>]) -> bool {
+    outputs.iter().any(|json| !matches!(json.as_slice(), b"false" | b"null"))
+}
+
 /// The text of an error: of jaq, which names kinds of values, or of the program's own `error("…")`.
 fn failed(error: &V) -> JqError {
     JqError::Failed(match &error.val {

@@ -3,7 +3,7 @@ use super::draw::{self, Style};
 use super::{Plan, Record};
 use crate::job::outgoing;
 use crate::store::{Kept, Listed, State, Store};
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -84,11 +84,8 @@ impl Instances {
         let plan = match plans.get(&record.definition) {
             Some(plan) => plan.clone(),
             None => {
-                let definition = self.store.load(vec![record.definition]).await?.pop().flatten();
-                let Some(definition) = definition else {
-                    bail!("the store does not hold the definition of {instance}")
-                };
-                let plan = Plan::read(&definition.state).map_err(|error| anyhow::anyhow!("its definition: {error}"))?;
+                let plan = Plan::load(&*self.store, record.definition).await;
+                let plan = plan.map_err(|error| anyhow::anyhow!("{instance}: {error}"))?;
                 plans.entry(record.definition).or_insert(Arc::new(plan)).clone()
             }
         };

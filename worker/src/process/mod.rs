@@ -10,9 +10,10 @@ pub(crate) use draw::{Style, draw};
 pub(crate) use instances::{Instances, Order, Shown};
 pub(crate) use record::{Due, Record, Scene};
 
-use crate::jq::{Jq, Limits, TIME};
-use crate::store::State;
+use crate::jq::{self, Jq, Limits, TIME};
+use crate::store::{State, Store};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::sync::Arc;
 use uuid::Uuid;
 use warren_shared::pattern::Pattern;
@@ -46,11 +47,16 @@ impl Plan {
     pub(crate) fn new(name: &str, on: Pattern, steps: Vec<Draft>) -> Result<Self, Vec<Mistake>> {
         let written = Written { name: name.into(), on: on.to_string(), steps };
         let text = serde_json::to_string(&written).unwrap_or_default();
-        let mut mistakes = Vec::new();
+        let (mut mistakes, mut compiled) = (Vec::new(), HashMap::new());
         for step in &written.steps {
-            for (field, text) in [("when", &step.when), ("with", &step.with)] {
-                if let Some(Err(error)) = text.as_deref().map(Jq::compile) {
-                    mistakes.push(Mistake { step: Some(step.name.clone()), problem: format!("'{field}': {error}") });
+            let texts = [("when", step.when.as_deref()), ("with", step.with.as_deref())];
+            for (field, text) in texts.into_iter().filter_map(|(field, text)| Some((field, text?))) {
+                match Jq::compile(text) {
+                    Ok(program) => drop(compiled.insert((step.name.clone(), field), program)),
+                    Err(error) => {
+                        let problem = format!("'{field}': {error}");
+                        mistakes.push(Mistake { step: Some(step.name.clone()), problem });
+                    }
                 }
             }
         }
@@ -59,14 +65,26 @@ impl Plan {
             Ok(_) => return Err(mistakes),
             Err(more) => return Err([more, mistakes].concat()),
         };
-        let compiled = |text: &Option<String>| text.as_deref().and_then(|text| Jq::compile(text).ok());
+        // In the definition's order of the steps.
+        let mut programs =
+            |field| definition.steps.iter().map(|step| compiled.remove(&(step.name.clone(), field))).collect();
         Ok(Self {
             id: Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes()),
-            whens: definition.steps.iter().map(|step| compiled(&step.when)).collect(),
-            withs: definition.steps.iter().map(|step| compiled(&step.with)).collect(),
+            whens: programs("when"),
+            withs: programs("with"),
             definition,
             written: text,
         })
+    }
+
+    /// The definition that the store keeps under this id.
+    ///
+    /// # Errors
+    /// It does not keep it, or not now, or this version cannot read it.
+    pub(crate) async fn load(store: &dyn Store, id: Uuid) -> Result<Self, String> {
+        let kept = store.load(vec![id]).await.map_err(|error| error.to_string())?.pop().flatten();
+        let kept = kept.ok_or_else(|| format!("the store does not hold its definition {id}"))?;
+        Self::read(&kept.state).map_err(|error| format!("its definition {id} cannot be read: {error}"))
     }
 
     /// The definition that a state holds.
@@ -105,10 +123,10 @@ impl Plan {
     }
 }
 
-/// Whether a condition holds: an output of it is neither false nor null.
+/// Whether a condition holds.
 fn holds(when: &Jq, input: &[u8], output: usize) -> Result<bool, String> {
     let outputs = when.run(input, Limits { time: TIME, output }).map_err(|error| error.to_string())?;
-    Ok(outputs.iter().any(|output| !matches!(&output[..], b"false" | b"null")))
+    Ok(jq::holds(&outputs))
 }
 
 /// The one output that an expression has.
