@@ -3,9 +3,9 @@ use crate::sieve;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, Error, ErrorKind};
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use warren_shared::env::Secret;
@@ -81,15 +81,33 @@ fn interval(heartbeat: u16) -> u16 {
 pub struct Broker {
     url: Secret,
     name: String,
-    /// Where the next connection of each purpose is tried first: a node that no longer serves us is left.
-    next: Arc<Mutex<HashMap<String, usize>>>,
+    nodes: Arc<Nodes>,
+}
+
+/// Which of the listed nodes serves us. All connections of a process are to one node: where it is cut off from the others,
+/// the process is as a whole, and the fleet sees it.
+#[derive(Debug)]
+struct Nodes {
+    /// Counts on with each node that is left; the current one is its remainder.
+    turn: AtomicUsize,
+    /// Connections that were opened before this turn are closed.
+    given_up: watch::Sender<usize>,
+}
+
+impl Nodes {
+    /// Goes to the next node, unless somebody did already.
+    fn leave(&self, turn: usize) {
+        let _ = self.turn.compare_exchange(turn, turn.wrapping_add(1), Ordering::AcqRel, Ordering::Acquire);
+    }
 }
 
 /// An open connection, and whether the broker blocks it.
 #[derive(Debug)]
 pub struct Link {
-    connection: Connection,
+    connection: Arc<Connection>,
     blocked: watch::Receiver<Option<String>>,
+    nodes: Arc<Nodes>,
+    turn: usize,
 }
 
 impl Broker {
@@ -97,10 +115,13 @@ impl Broker {
     /// connections.
     #[must_use]
     pub fn new(url: Secret, name: impl Into<String>) -> Self {
-        Self { url, name: name.into(), next: Arc::default() }
+        // The first is chosen by chance, so that a fleet spreads over a cluster. Half the range never overflows.
+        let turn = RandomState::new().hash_one(0) as usize / 2;
+        let nodes = Nodes { turn: AtomicUsize::new(turn), given_up: watch::channel(turn).0 };
+        Self { url, name: name.into(), nodes: Arc::new(nodes) }
     }
 
-    /// Connects once, to the first node that answers.
+    /// Connects once, to the first node that answers: the one that serves us, or the next in the list.
     ///
     /// # Errors
     /// Says why not, and what to do.
@@ -108,24 +129,19 @@ impl Broker {
         let urls: Vec<&str> = self.url.reveal().split(',').map(str::trim).collect();
         let mut why = BrokerError::Lost("no URL".into());
         for _ in &urls {
-            match self.connect_to(urls[self.turn(purpose) % urls.len()], purpose).await {
+            let turn = self.nodes.turn.load(Ordering::Acquire);
+            match self.connect_to(urls[turn % urls.len()], turn, purpose).await {
                 Ok(link) => return Ok(link),
-                Err(error) => why = error,
+                Err(error) => {
+                    self.nodes.leave(turn);
+                    why = error;
+                }
             }
         }
         Err(why)
     }
 
-    /// A purpose's next place in the list; the first is chosen by chance, so that a fleet spreads over a cluster.
-    fn turn(&self, purpose: &str) -> usize {
-        // No code that holds the lock can panic half-way through a change.
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let turn = next.entry(purpose.to_owned()).or_insert_with(|| RandomState::new().hash_one(purpose) as usize);
-        *turn = turn.wrapping_add(1);
-        *turn
-    }
-
-    async fn connect_to(&self, url: &str, purpose: &str) -> Result<Link, BrokerError> {
+    async fn connect_to(&self, url: &str, turn: usize, purpose: &str) -> Result<Link, BrokerError> {
         // The parser's error may hold the URL, and with it the password.
         let mut uri: AMQPUri = url.parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
         uri.query.heartbeat = Some(interval(uri.query.heartbeat.unwrap_or(HEARTBEAT)));
@@ -142,22 +158,35 @@ impl Broker {
                 return Err(BrokerError::Unreachable { address, cause });
             }
         };
+        let connection = Arc::new(connection);
         let (tell, blocked) = watch::channel(None);
-        let mut events = connection.events_listener();
-        let status = connection.status().clone();
+        let (events, status) = (connection.events_listener(), connection.status().clone());
+        let (of, nodes) = (Arc::downgrade(&connection), self.nodes.clone());
         tokio::spawn(async move {
             use futures_util::StreamExt;
-            while let Some(event) = events.next().await {
-                match event {
-                    lapin::Event::ConnectionBlocked(reason) => tell.send_replace(Some(reason)),
-                    lapin::Event::ConnectionUnblocked => tell.send_replace(None),
-                    // A channel's error is told here too; the connection outlives it.
-                    lapin::Event::Error(_) if !status.connected() => break,
-                    _ => continue,
+            let mut given_up = nodes.given_up.subscribe();
+            let mut events = std::pin::pin!(events);
+            loop {
+                let event = tokio::select! {
+                    event = events.next() => event,
+                    _ = async { given_up.wait_for(|first| turn < *first).await.is_ok() } => {
+                        if let Some(connection) = of.upgrade() {
+                            close(&connection).await;
+                        }
+                        return;
+                    }
                 };
+                match event {
+                    None => return,
+                    Some(lapin::Event::ConnectionBlocked(reason)) => drop(tell.send_replace(Some(reason))),
+                    Some(lapin::Event::ConnectionUnblocked) => drop(tell.send_replace(None)),
+                    // A channel's error is told here too; the connection outlives it.
+                    Some(lapin::Event::Error(_)) if !status.connected() => return nodes.leave(turn),
+                    Some(_) => {}
+                }
             }
         });
-        Ok(Link { connection, blocked })
+        Ok(Link { connection, blocked, nodes: self.nodes.clone(), turn })
     }
 
     /// Connects, and tries for so long where the broker is not there yet.
@@ -220,9 +249,22 @@ impl Link {
 
     /// Closes it in order; a connection that cannot be closed in two seconds is left to the operating system.
     pub async fn close(&self) {
-        let close = self.connection.close(200, "done".into());
-        let _ = tokio::time::timeout(Duration::from_secs(2), close).await;
+        close(&self.connection).await;
     }
+
+    /// Its node is there and does not do its work: no connection of this process stays with it.
+    pub fn give_up(&self) {
+        self.nodes.leave(self.turn);
+        self.nodes.given_up.send_if_modified(|before| {
+            let more = self.turn >= *before;
+            *before = (*before).max(self.turn + 1);
+            more
+        });
+    }
+}
+
+async fn close(connection: &Connection) {
+    let _ = tokio::time::timeout(Duration::from_secs(2), connection.close(200, "done".into())).await;
 }
 
 fn refusal(uri: &AMQPUri, error: &Error) -> BrokerError {

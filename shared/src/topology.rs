@@ -208,6 +208,12 @@ impl Topology {
         format!("warren.{}.fleet", self.pool)
     }
 
+    /// Where workers find out whether their node still has the cluster behind it, exchange and queue. It keeps one message.
+    #[must_use]
+    pub fn probe(&self) -> String {
+        format!("warren.{}.probe", self.pool)
+    }
+
     /// All partitions' queues, lane by lane.
     #[must_use]
     pub fn queues(&self) -> Vec<String> {
@@ -236,8 +242,9 @@ impl Topology {
         all.extend(Self::bus());
         // Each worker binds a queue of its own to it.
         all.push(exchange(&self.fleet(), Kind::Fanout, vec![]));
-        all.extend(sink(&self.unrouted()));
-        all.extend(sink(&self.dead()));
+        all.extend(sink(&self.unrouted(), vec![]));
+        all.extend(sink(&self.dead(), vec![]));
+        all.extend(sink(&self.probe(), vec![("x-max-length", Argument::Int(1))]));
         let mut arguments = vec![];
         net(&mut arguments, self.lane(NORMAL));
         all.push(exchange(&self.door(), Kind::Headers, arguments));
@@ -301,10 +308,10 @@ impl Topology {
 }
 
 /// An exchange and the queue behind it, of one name.
-fn sink(name: &str) -> [Declaration; 3] {
+fn sink(name: &str, more: Arguments) -> [Declaration; 3] {
     [
         exchange(name, Kind::Fanout, vec![]),
-        Declaration::Queue { name: name.into(), arguments: quorum(NEVER) },
+        Declaration::Queue { name: name.into(), arguments: [quorum(NEVER), more].concat() },
         bind(name, Destination::Queue(name.into()), "", vec![]),
     ]
 }

@@ -262,16 +262,24 @@ impl Lab {
     /// The broker cannot be reached, or holds some of them back.
     pub async fn take_all(&self, queue: &str) -> anyhow::Result<Vec<Message>> {
         use futures_util::StreamExt;
-        let (ready, _) = self.depth(queue).await?.with_context(|| format!("there is no {queue}"))?;
         let (_connection, channel) = self.channel().await?;
         let options = lapin::options::BasicConsumeOptions { no_ack: true, ..Default::default() };
         let mut consumer =
             channel.basic_consume(queue.into(), "".into(), options, lapin::types::FieldTable::default()).await?;
         let mut messages = Vec::new();
-        while messages.len() < ready as usize {
-            let next = tokio::time::timeout(Duration::from_secs(30), consumer.next()).await;
-            let next = next.with_context(|| format!("{} of {ready} came out of {queue}", messages.len()))?;
-            messages.push(warren_publisher::codec::read(next.context("the consumer ended")??));
+        let mut silent = Instant::now();
+        // A node that was cut off knows an old depth for a moment: only with silence it means something.
+        loop {
+            if let Ok(next) = tokio::time::timeout(Duration::from_millis(500), consumer.next()).await {
+                messages.push(warren_publisher::codec::read(next.context("the consumer ended")??));
+                silent = Instant::now();
+                continue;
+            }
+            let (ready, _) = self.depth(queue).await?.with_context(|| format!("there is no {queue}"))?;
+            if ready == 0 {
+                break;
+            }
+            ensure!(silent.elapsed() < Duration::from_secs(30), "{ready} more do not come out of {queue}");
         }
         Ok(messages)
     }

@@ -17,17 +17,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
 use warren_publisher::declare::{self};
 use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
-use warren_publisher::{Broker, Publisher};
-use warren_shared::Event;
+use warren_publisher::{Broker, Publisher, Refused};
 use warren_shared::delivery::Wait;
 use warren_shared::env::{Database, Declare, Settings};
 use warren_shared::fleet::{Kind as Why, Word};
 use warren_shared::pattern::Pattern;
 use warren_shared::retry::Policy;
 use warren_shared::topology::{Order, Topology};
+use warren_shared::{Event, Message};
 
 /// Puts a worker together.
 #[derive(Debug)]
@@ -316,12 +317,13 @@ impl Worker {
             concurrency: settings.concurrency,
             owned: settings.order == Order::Key,
             store: store.clone(),
-            publisher,
+            publisher: publisher.clone(),
             outbox: outbox.clone(),
             subscriptions: subscriptions.clone(),
             pulse,
         });
         let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
+        let prober = tokio::spawn(probe(publisher, topology.probe(), subscriptions.clone()));
         let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
         tracing::info!(
             worker = name,
@@ -359,6 +361,7 @@ impl Worker {
         flush(&outbox, SETTLE).await;
         futures_util::future::join_all(handlers.iter().map(|handler| handler.close())).await;
         keeper.abort();
+        prober.abort();
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
@@ -437,6 +440,31 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
                 metrics::count(names::STORE_ERRORS, 1);
                 tracing::warn!(%error, "the store cannot be kept in order now");
             }
+        }
+    }
+}
+
+/// Asks for a confirm of a replicated queue, so that even a worker that has nothing to publish leaves a node that is cut
+/// off from the others: it keeps its connections open, and what it took from the queues it leads cannot be acked there.
+async fn probe(publisher: Publisher, exchange: String, subscriptions: Arc<Subscriptions>) {
+    let mut tick = tokio::time::interval(BEAT);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        match publisher.publish(Message { exchange: exchange.clone(), ..Message::default() }).await {
+            // Somebody deleted it.
+            Err(Refused::Returned { .. }) => {
+                if let Err(error) = subscriptions.repair().await {
+                    tracing::warn!(%error, exchange, "the topology cannot be declared again");
+                }
+            }
+            Err(Refused::Forbidden(said)) => {
+                return tracing::warn!(
+                    said,
+                    "this worker cannot tell whether its node is cut off: grant write on {exchange}"
+                );
+            }
+            Ok(_) | Err(_) => {}
         }
     }
 }

@@ -295,7 +295,10 @@ impl Desk {
         let mut wire = match tokio::time::timeout(OPENING, Wire::open(link)).await {
             Ok(Ok(wire)) => wire,
             Ok(Err(error)) => return End::Lost(describe(&error)),
-            Err(_) => return End::Lost(format!("no channel was opened within {OPENING:?}")),
+            Err(_) => {
+                link.give_up();
+                return End::Lost(format!("no channel was opened within {OPENING:?}"));
+            }
         };
         let opened = Instant::now();
         let end = 'channel: loop {
@@ -313,6 +316,7 @@ impl Desk {
                     self.settle(&entry, Err(refused));
                 }
                 if !self.write(&mut wire, ready).await {
+                    link.give_up();
                     break 'channel End::Lost(format!("nothing could be written for {:?}", self.options.timeout));
                 }
             }
@@ -358,6 +362,7 @@ impl Desk {
                     None => self.closed = true,
                 },
                 () = tokio::time::sleep_until(deadline), if !wire.flying.is_empty() => {
+                    link.give_up();
                     break End::Lost(format!("no confirm for {:?}", self.options.timeout));
                 }
             }

@@ -226,6 +226,7 @@ impl Subscription {
         match tokio::time::timeout(2 * ANSWER, opened).await {
             Err(_) => {
                 // Whoever else uses it waits in vain, too.
+                link.give_up();
                 link.close().await;
                 Err(Failed::Why("the broker does not answer".into()))
             }

@@ -147,10 +147,11 @@ impl Pipeline {
     }
 
     /// An outcome was there first. Where a worker that lost this partition recorded it after we took over, it may not
-    /// have published what the event sent: that goes out before the key goes on.
+    /// have published what the event sent: that goes out before the key goes on. The broker need not call such an event
+    /// redelivered: 4.3 does not, where it gave up the other's node.
     pub(super) fn known(&mut self, id: Id, fact: Fact) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        if self.parts.owned && job.redelivered {
+        if self.parts.owned {
             job.known = Some(fact);
             self.enqueue(Station::Relay, id);
         } else {
