@@ -17,6 +17,9 @@ const STEPS: &str = "
       notify: { do: email.send, after: [ship], optional: true, final: true, with: '{input: .input, to: .results.charge.by}' }
 ";
 
+/// Its steps that are undone where an order is taken back.
+const ALL: &[&str] = &["reserve", "charge", "ship"];
+
 /// A pool with the order process and its services in `tests/handlers/services.py`.
 fn lab_of(name: &str, steps: &str) -> anyhow::Result<Lab> {
     let mut lab = Lab::new(name)?;
@@ -326,7 +329,7 @@ async fn an_instance_ends_under_the_definition_that_it_began_with() -> anyhow::R
 }
 
 /// Everyone's steps, counted: each was done once, and undone once where the order was taken back.
-fn adds_up(lab: &Lab, ends: &BTreeMap<String, String>) -> anyhow::Result<()> {
+fn adds_up(lab: &Lab, ends: &BTreeMap<String, String>, of: &[&str]) -> anyhow::Result<()> {
     let mut by_key: BTreeMap<String, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
     for call in served(lab).into_iter().filter(|call| call.outcome == "done") {
         by_key.entry(call.key).or_default().entry(call.step).or_default().insert(call.id);
@@ -334,8 +337,8 @@ fn adds_up(lab: &Lab, ends: &BTreeMap<String, String>) -> anyhow::Result<()> {
     for (key, end) in ends {
         let steps = by_key.get(key).cloned().unwrap_or_default();
         ensure!(steps.values().all(|ids| ids.len() == 1), "{key}: a step under two ids: {steps:?}");
-        for step in ["reserve", "charge", "ship"] {
-            let (there, back) = (steps.contains_key(step), steps.contains_key(&format!("undo.{step}")));
+        for step in of {
+            let (there, back) = (steps.contains_key(*step), steps.contains_key(&format!("undo.{step}")));
             let right = if end == "completed" { there && !back } else { there == back };
             ensure!(right, "{key} is {end}, {step} {there}, its undo {back}");
         }
@@ -381,30 +384,102 @@ async fn a_crash_at_every_point_of_a_running_process_is_survived() -> anyhow::Re
     ensure!(crashes >= 14, "only {crashes} crashed");
     let _last = lab.worker()?;
     let ends = ended(&sinks, 40).await?;
-    adds_up(&lab, &ends)
+    adds_up(&lab, &ends, ALL)
+}
+
+#[tokio::test]
+async fn every_answer_again_and_another_one_after_it_change_nothing() -> anyhow::Result<()> {
+    const ORDERS: usize = 20;
+    let lab = lab_of("processes-answers", STEPS)?;
+    lab.declare().await?;
+    let sinks = listen(&lab).await?;
+    let answers = Sink::listen(&lab.url(), "answers", "warren.events", "#").await?;
+    let _worker = lab.worker()?;
+    lab.send(&orders(ORDERS)).await?;
+    let (mut told, mut again, mut all) = (BTreeSet::new(), 0, false);
+    // What an answer comes after it: while the instance runs, while it goes back, and after its end.
+    loop {
+        let mut more = Vec::new();
+        for event in answers.distinct() {
+            let (asked, verdict) = event.kind().rsplit_once('.').context("a type")?;
+            let answers = ["done", "failed"].contains(&verdict) && event.extension("processstep").is_some();
+            if !answers || event.source() == "/somebody" || !told.insert(event.id().to_owned()) {
+                continue;
+            }
+            let same: Value = serde_json::from_str(&event.to_json())?;
+            let mut other = same.clone();
+            other["id"] = json!(format!("other-{}", event.id()));
+            other["source"] = json!("/somebody");
+            if verdict == "done" {
+                other["type"] = json!(format!("{asked}.failed"));
+                other["data"] = json!({"reason": "permanent", "error": "a second answer"});
+            } else {
+                other["type"] = json!(format!("{asked}.done"));
+            }
+            more.extend([same, other]);
+        }
+        again += more.len();
+        if !more.is_empty() {
+            lab.send(&more).await?;
+        } else if all {
+            break;
+        } else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        all = sinks[0].distinct().len() + sinks[1].distinct().len() >= ORDERS;
+    }
+    lab.at_rest(PATIENCE).await?;
+    until("nothing is left", PATIENCE, || lab.outbox() == 0).await?;
+    ensure!(again > ORDERS * 4, "{again} answers");
+    let ends = ended(&sinks, ORDERS).await?;
+    adds_up(&lab, &ends, ALL)?;
+    ensure!(sinks[0].distinct().len() + sinks[1].distinct().len() == ORDERS, "one has two ends");
+    // Two orders each whose charge and whose shipping fails.
+    let dead = lab.dead().await?;
+    ensure!(dead.len() == 4 && dead.iter().all(|(_, reason)| reason == "permanent"), "{dead:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_timer_that_fires_as_the_answer_arrives_leaves_one_end() -> anyhow::Result<()> {
+    const ORDERS: usize = 40;
+    let (lab, [completed, compensated]) = late("processes-race", 1).await?;
+    let _worker = lab.worker()?;
+    // The timer of a second fires somewhere among them.
+    let sleeps = |n: usize| json!({"charge": {"sleep": 0.6 + 0.045 * n as f64}});
+    lab.send(&(0..ORDERS).map(|n| order(n, sleeps(n))).collect::<Vec<_>>()).await?;
+    let count = || [completed.distinct().len(), compensated.distinct().len()];
+    until("all have ended", PATIENCE, || count().iter().sum::<usize>() >= ORDERS).await?;
+    lab.at_rest(PATIENCE).await?;
+    println!("{:?} were completed and taken back", count());
+    let mut all = ends(&completed, 1).await?;
+    all.extend(ends(&compensated, 1).await?);
+    ensure!(all.len() == ORDERS && count().iter().sum::<usize>() == ORDERS, "{:?} of {ORDERS}", count());
+    adds_up(&lab, &all, &["reserve", "charge"])
 }
 
 #[tokio::test]
 async fn thousands_of_orders_end_and_add_up_whoever_is_killed() -> anyhow::Result<()> {
-    const ORDERS: usize = 2_000;
+    // WARREN_TEST_ORDERS=10000: four minutes.
+    let count = std::env::var("WARREN_TEST_ORDERS").ok().map_or(Ok(2_000), |count| count.parse())?;
     let mut lab = lab_of("processes-kills", STEPS)?;
     lab.set("WARREN_CRASH_LIMIT", "100");
     lab.declare().await?;
     let sinks = listen(&lab).await?;
     let mut fleet = [lab.worker()?, lab.worker()?, lab.worker()?];
-    lab.send(&orders(ORDERS)).await?;
-    for round in 0..12 {
+    lab.send(&orders(count)).await?;
+    for round in 0..count / 160 {
         let before = served(&lab).len();
         until("more is served", PATIENCE, || {
-            served(&lab).len() > before + 300 || sinks[0].distinct().len() > ORDERS / 2
+            served(&lab).len() > before + 300 || sinks[0].distinct().len() > count / 2
         })
         .await?;
         let victim = &mut fleet[round % 3];
         victim.kill().await?;
         *victim = lab.worker()?;
     }
-    let ends = ended(&sinks, ORDERS).await?;
-    adds_up(&lab, &ends)?;
+    let ends = ended(&sinks, count).await?;
+    adds_up(&lab, &ends, ALL)?;
     let (text, _) = expect_exit(&lab.run(&["process", "list", "--status", "running"]).await?, 0)?;
     ensure!(text.lines().count() == 1, "{text}");
     Ok(())

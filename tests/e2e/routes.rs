@@ -6,7 +6,7 @@ use std::time::Duration;
 use warren_shared::Event;
 use warren_shared::topology::BUS;
 use warren_tests::lab::{Lab, event, until};
-use warren_tests::{Sink, receipt::Receipt};
+use warren_tests::{Service, Sink, receipt::Receipt};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -178,5 +178,45 @@ routes:
     let lists: Vec<Vec<String>> = gathered.distinct().iter().map(list).collect::<Result<_, _>>()?;
     ensure!(lists.iter().all(|list| !list.is_empty()), "a case without members");
     receipt.is_graph_of(lists.iter().map(Vec::as_slice))?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_over_http_is_called_so_often_at_once_as_its_route_says_and_holds_nobody_else_up()
+-> anyhow::Result<()> {
+    const EVENTS: usize = 90;
+    let mut lab = Lab::new("routes-http")?;
+    let service = Service::start(Duration::from_millis(60)).await?;
+    let routes = format!(
+        "routes:\n  - {{on: order.placed, http: '{}', concurrency: 3, retry: {{attempts: 5, backoff: 100ms}}}}\n  \
+         - {{on: order.viewed, emit: test.viewed}}",
+        service.url
+    );
+    lab.set("WARREN_ROUTES", &routes);
+    lab.declare().await?;
+    let served = Sink::listen(&lab.url(), "served", "warren.events", "test.served").await?;
+    let viewed = Sink::listen(&lab.url(), "viewed", "warren.events", "test.viewed").await?;
+    let _worker = lab.worker()?;
+    let make = |n: usize, kind: &str| event(&format!("{kind}-{n}"), kind, &format!("{kind}-{n}"), json!({}));
+    lab.send(&(0..EVENTS).map(|n| make(n, "order.placed")).collect::<Vec<_>>()).await?;
+    lab.send(&(0..EVENTS).map(|n| make(n, "order.viewed")).collect::<Vec<_>>()).await?;
+    until("the others have gone by", PATIENCE, || viewed.distinct().len() == EVENTS).await?;
+    let slow = served.distinct().len();
+    ensure!(slow < EVENTS, "all {EVENTS} slow ones were done before the quick ones behind them");
+    until("all are served", PATIENCE, || served.distinct().len() == EVENTS).await?;
+    until("nothing is left", PATIENCE, || lab.outbox() == 0).await?;
+    let seen = service.seen();
+    ensure!(seen.most == 3, "{} at once", seen.most);
+    ensure!(
+        seen.calls.len() == EVENTS && seen.calls.iter().all(|(id, calls)| *calls == 1 + u32::from(id.ends_with('0')))
+    );
+    let alike = |keys: &Vec<String>| !keys[0].is_empty() && keys.iter().all(|key| *key == keys[0]);
+    ensure!(seen.keys.values().all(alike), "an event has several idempotency keys");
+    let keys: std::collections::HashSet<&String> = seen.keys.values().flatten().collect();
+    ensure!(keys.len() == EVENTS, "{} idempotency keys", keys.len());
+    // What the service answers with has the key of its cause.
+    ensure!(served.distinct().iter().all(|event| event.key().starts_with("order.placed-")));
+    println!("{slow} of the slow ones were done when the quick ones behind them were");
+    lab.tell();
     Ok(())
 }

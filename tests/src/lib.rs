@@ -15,6 +15,8 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod receipt;
+pub mod service;
+pub mod shop;
 pub mod trace;
 
 pub use broker::Rabbit;
@@ -26,4 +28,5 @@ pub use postgres::Postgres;
 pub use process::Process;
 pub use proxy::{Answers, Proxy};
 pub use raw::Raw;
+pub use service::Service;
 pub use trace::{Trace, quantile};

@@ -117,6 +117,13 @@ impl Reply {
         Self { looked_on: true, ..Self::default() }
     }
 
+    /// The same with a result: what a process gets as the answer of its step.
+    #[must_use]
+    pub fn result(mut self, result: serde_json::Value) -> Self {
+        self.result = Some(result);
+        self
+    }
+
     /// The same with one more event to publish.
     #[must_use]
     pub fn emit(mut self, event: Event) -> Self {

@@ -1,0 +1,86 @@
+//! The worker of the order process: all that `order.yaml` says, and one handler in Rust, which ships.
+//!
+//! usage: warren-order    environment as for `warren-worker run`; `WARREN_CONFIG=examples/order/order.yaml`
+//!
+//! A parcel is a file in `$ORDER_DIR/parcels`, named after the instance: the function may run more than once, and finds it. With
+//! PostgreSQL it is a row of `$ORDER_TABLE` (`CREATE TABLE parcels (instance text, address text)`), inserted inside the store's
+//! transaction: exactly once, without looking.
+use anyhow::Context as _;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use warren_publisher::process::{self, Spare};
+use warren_shared::Event;
+use warren_shared::env::{Database, Reader};
+use warren_worker::{Failure, Reply, Worker, shutdown};
+
+/// The data of `shipping.create`, as the step's `with` makes it.
+#[derive(Deserialize)]
+struct Shipment {
+    address: String,
+}
+
+fn main() -> ExitCode {
+    let settings = match process::settings(Reader::Worker) {
+        Ok(settings) => settings,
+        Err(code) => return code,
+    };
+    let ran = process::run(Spare::One, async move {
+        let variable = |name, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+        let parcels = PathBuf::from(variable("ORDER_DIR", "target/order")).join("parcels");
+        tokio::fs::create_dir_all(&parcels).await.with_context(|| format!("{}", parcels.display()))?;
+        let transactional = matches!(settings.database, Database::Postgres(_));
+        let builder = Worker::builder(settings);
+        let builder = if transactional {
+            let insert: Arc<str> = format!("INSERT INTO {} VALUES ($1, $2)", variable("ORDER_TABLE", "parcels")).into();
+            builder.handle_tx("shipping.create", move |event, tx, _| {
+                let insert = insert.clone();
+                async move {
+                    let (instance, address) = asked(&event)?;
+                    tx.execute(&insert, &[&instance, &address]).await?;
+                    Ok(shipped(&instance))
+                }
+            })
+        } else {
+            builder.handle("shipping.create", move |event, _| ship(event, parcels.clone()))
+        };
+        let worker = builder.build().map_err(|mistakes| anyhow::anyhow!("{}", mistakes.join("\n")))?;
+        worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
+    });
+    ran.unwrap_or_else(|error| process::fail(&error))
+}
+
+/// Whose parcel it is, and where it goes.
+fn asked(event: &Event) -> Result<(String, String), Failure> {
+    let instance = event.extension("processid").ok_or_else(|| Failure::dead("no step of a process"))?.to_string();
+    let Shipment { address } = event.json()?;
+    // Trying again cannot help: the step fails, and what the order took is given back.
+    if address == "nowhere" { Err(Failure::dead("nobody delivers there")) } else { Ok((instance, address)) }
+}
+
+async fn ship(event: Event, parcels: PathBuf) -> Result<Reply, Failure> {
+    let (instance, address) = asked(&event)?;
+    let parcel = parcels.join(instance.replace('/', "-"));
+    // What fails here comes again.
+    tokio::task::spawn_blocking(move || pack(&parcel, &address))
+        .await
+        .map_err(Failure::retry)?
+        .map_err(Failure::retry)?;
+    Ok(shipped(&instance))
+}
+
+/// The file is there whole, or not at all.
+fn pack(parcel: &Path, address: &str) -> std::io::Result<()> {
+    if parcel.exists() {
+        return Ok(());
+    }
+    let new = parcel.with_extension("new");
+    std::fs::write(&new, address)?;
+    std::fs::File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, parcel)
+}
+
+fn shipped(instance: &str) -> Reply {
+    Reply::done().result(serde_json::json!({ "parcel": instance }))
+}
