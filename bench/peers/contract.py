@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import amqp
 
 URL, COUNT, SIZE = os.environ["BENCH_URL"], int(os.environ["BENCH_COUNT"]), int(os.environ["BENCH_SIZE"])
-QUEUES = os.environ["BENCH_QUEUES"].split(",")
+QUEUES, STEPS = os.environ["BENCH_QUEUES"].split(","), int(os.environ["BENCH_STEPS"])
 
 _WINDOW = 2000
 _GRACE = 0.2

@@ -1,7 +1,8 @@
 """Celery's side of the benchmark: `load` and `drain`, as `run` describes them.
 
-Its tasks promise the least of what Warren's do: they are acked after they ran (`task_acks_late`). Everything that costs
-time and is not needed for that is off: results, events, gossip, mingle, rate limits, remote control.
+Its tasks promise the least of what Warren's do: they are acked after they ran (`task_acks_late`) and the broker has the
+next one of their chain (`confirm_publish`). Everything that costs time and is not needed for that is off: results, events,
+gossip, mingle, rate limits, remote control.
 
 Two workers with the solo pool, because that is the fastest that two cores can do with it: a no-op task costs less than
 the way to a process of the prefork pool, or another thread, and back.
@@ -10,17 +11,18 @@ the way to a process of the prefork pool, or another thread, and back.
 import sys
 
 import amqp
-from celery import Celery
+from celery import Celery, chain
 from kombu import Exchange, Queue, serialization, uuid
 
 import contract
-from contract import COUNT, QUEUES, SIZE, URL
+from contract import COUNT, QUEUES, SIZE, STEPS, URL
 
 app = Celery("bench", broker=URL)
 app.conf.update(
     # A topic exchange, of which Celery's delayed tasks would have need: it warns of others.
     task_queues=[Queue(q, Exchange("bench", "topic"), q, queue_arguments={"x-queue-type": "quorum"}) for q in QUEUES],
     task_acks_late=True,
+    broker_transport_options={"confirm_publish": True},
     task_ignore_result=True,
     # Quorum queues refuse a prefetch for the whole channel; so Celery finds out and sets it per consumer. It then also
     # declares 28 queues for delayed tasks, here of the cheaper type because nothing is delayed.
@@ -42,6 +44,12 @@ def noop(_data):
     pass
 
 
+@app.task(name="step")
+def step(data):
+    """What it returns is what the next one of its chain gets."""
+    return data
+
+
 def messages():
     data = "x" * SIZE
     for i in range(COUNT):
@@ -55,7 +63,14 @@ def load():
     with app.connection_for_write() as connection:
         for queue in app.conf.task_queues:
             queue(connection.default_channel).declare()
-    contract.publish(messages())
+    if STEPS == 1:
+        contract.publish(messages())
+        return
+    # However slow: who enqueues chains is not what is measured.
+    for i in range(COUNT // STEPS):
+        each = {"queue": QUEUES[i % len(QUEUES)]}
+        rest = [step.s().set(**each) for _ in range(STEPS - 1)]
+        chain(step.s("x" * SIZE).set(**each), *rest).apply_async()
 
 
 def work():

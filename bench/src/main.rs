@@ -40,7 +40,7 @@ struct Order {
     /// Which groups of rows [default: all]
     #[arg(long, value_delimiter = ',', value_enum)]
     rows: Vec<Row>,
-    /// Which rows of drain, publish, latency and tx, such as warren_sqlite,raw_multiple [default: all]
+    /// Which rows of drain, publish, latency, tx and process, such as warren_sqlite,raw_multiple [default: all]
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds, each with one run of every row

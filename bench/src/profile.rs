@@ -1,6 +1,7 @@
 //! One client alone, on loaded queues, to look into it.
 use crate::Order;
 use crate::bench::{Bench, say};
+use crate::clients::steps::STEPS;
 use crate::rows::tx;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -21,7 +22,8 @@ pub(crate) fn run(client: &str, count: u64, perf: Option<&Path>) -> anyhow::Resu
         tx::tables(&bench, &site)?;
     }
     if client != "publish_raw" {
-        site.load(1, count)?;
+        // Of a process the steps count, but the starts wait.
+        site.load(1, if client == "process_warren" { count / STEPS } else { count })?;
     }
     let plain = bench.client(client, &site, count)?;
     say(&line(&plain));

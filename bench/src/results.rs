@@ -10,7 +10,7 @@ pub(crate) struct Results {
 }
 
 /// A ratio's name, what stands above the line, and what below.
-const RATIOS: [(&str, &str, &str); 12] = [
+const RATIOS: [(&str, &str, &str); 14] = [
     ("drain_vs_raw_multiple", "drain.warren_sqlite.per_s", "drain.raw_multiple.per_s"),
     ("drain_vs_raw_each", "drain.warren_sqlite.per_s", "drain.raw_each.per_s"),
     ("drain_vs_amqplib", "drain.warren_sqlite.per_s", "drain.amqplib_each.per_s"),
@@ -18,6 +18,8 @@ const RATIOS: [(&str, &str, &str); 12] = [
     ("drain_vs_dramatiq", "drain.warren_sqlite.per_s", "drain.dramatiq.per_s"),
     ("drain_postgres_vs_raw_multiple", "drain.warren_postgres.per_s", "drain.raw_multiple.per_s"),
     ("tx_vs_loop", "tx.warren.per_s", "tx.loop.per_s"),
+    ("process_vs_celery", "process.warren_sqlite.per_s", "process.celery_chain.per_s"),
+    ("process_postgres_vs_celery", "process.warren_postgres.per_s", "process.celery_chain.per_s"),
     ("publish_vs_raw", "publish.warren.per_s", "publish.raw.per_s"),
     ("publish_vs_amqplib", "publish.warren.per_s", "publish.amqplib.per_s"),
     // Cost per event, so the other way round.

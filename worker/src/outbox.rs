@@ -1,17 +1,20 @@
 //! The outbox's relay: publishes committed rows with confirms, in order per key, and forgets them.
 //!
 //! Rows are published in waves in which each key stands once: a row that the broker refuses is repeated before the
-//! next row of its key goes out. A crash between confirm and forgetting repeats rows with the same ids.
+//! next row of its key goes out. A wave is forgotten while the next one is under way; a crash before that repeats rows with the
+//! same ids.
 use crate::consumer::Subscriptions;
 use crate::fault;
 use crate::job::{answer, outgoing};
 use crate::metrics::{self, names};
 use crate::store::{Row, Store};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use warren_publisher::{Publisher, Refused};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
@@ -46,9 +49,19 @@ impl Outbox {
     ) -> Self {
         let (orders, inbox) = mpsc::unbounded_channel();
         let pending = Arc::new(AtomicUsize::new(0));
-        let (queue, waiting) = (VecDeque::new(), Vec::new());
-        let (pool, pending_too) = (pool.to_owned(), pending.clone());
-        let relay = Relay { store, publisher, topology, pool, limits, inbox, pending: pending_too, queue, waiting };
+        let relay = Relay {
+            store,
+            publisher,
+            topology,
+            pool: pool.to_owned(),
+            limits,
+            inbox,
+            pending: pending.clone(),
+            hasher: RandomState::new(),
+            queue: VecDeque::new(),
+            forgetting: None,
+            waiting: Vec::new(),
+        };
         tokio::spawn(relay.run());
         Self { orders, pending }
     }
@@ -82,9 +95,17 @@ struct Relay {
     limits: Limits,
     inbox: mpsc::UnboundedReceiver<Order>,
     pending: Arc<AtomicUsize>,
+    hasher: RandomState,
     queue: VecDeque<Row>,
+    /// The last wave, until the store has forgotten it.
+    forgetting: Option<Forgetting>,
     /// Who waits for a partition's last row.
     waiting: Vec<(Arc<str>, oneshot::Sender<()>)>,
+}
+
+struct Forgetting {
+    partitions: Vec<Arc<str>>,
+    done: JoinHandle<()>,
 }
 
 impl Relay {
@@ -92,13 +113,22 @@ impl Relay {
         while let Some(order) = self.inbox.recv().await {
             self.obey(order);
             let mut failures = 0;
-            while !self.queue.is_empty() {
+            while !self.queue.is_empty() || self.forgetting.is_some() {
                 while self.queue.len() < WAVE
                     && let Ok(more) = self.inbox.try_recv()
                 {
                     self.obey(more);
                 }
-                let complete = self.wave().await;
+                let complete = match &mut self.forgetting {
+                    Some(wave) if self.queue.is_empty() => {
+                        tokio::select! {
+                            _ = &mut wave.done => self.forgetting = None,
+                            Some(order) = self.inbox.recv() => self.obey(order),
+                        }
+                        true
+                    }
+                    _ => self.wave().await,
+                };
                 self.tell();
                 if complete {
                     failures = 0;
@@ -122,7 +152,8 @@ impl Relay {
 
     fn tell(&mut self) {
         for (partition, tell) in std::mem::take(&mut self.waiting) {
-            if self.queue.iter().any(|row| row.partition == partition) {
+            let forgetting = self.forgetting.iter().flat_map(|wave| &wave.partitions);
+            if self.queue.iter().map(|row| &row.partition).chain(forgetting).any(|other| *other == partition) {
                 self.waiting.push((partition, tell));
             } else {
                 let _ = tell.send(());
@@ -132,15 +163,13 @@ impl Relay {
 
     /// Publishes the first row of each key; returns whether all of them went out.
     async fn wave(&mut self) -> bool {
-        let (mut wave, mut rest) = (Vec::new(), VecDeque::new());
-        let mut keys: HashMap<String, ()> = HashMap::new();
-        for row in self.queue.drain(..) {
-            let key = row.message.correlation_id.clone().unwrap_or_default();
-            if wave.len() < WAVE && keys.insert(key, ()).is_none() {
-                wave.push(row);
-            } else {
-                rest.push_back(row);
-            }
+        let (mut wave, mut later, mut keys) = (Vec::new(), Vec::new(), HashSet::new());
+        while wave.len() < WAVE
+            && let Some(row) = self.queue.pop_front()
+        {
+            // Two keys of one hash follow one another, which does no harm.
+            let key = self.hasher.hash_one(row.message.correlation_id.as_deref().unwrap_or_default());
+            if keys.insert(key) { wave.push(row) } else { later.push(row) }
         }
         let outcomes = self.publisher.publish_all(wave.iter().map(|row| row.message.clone()).collect()).await;
         fault::point("outbox-published");
@@ -151,14 +180,14 @@ impl Relay {
                     if row.message.exchange == BUS {
                         metrics::count(names::EMITTED, 1);
                     }
-                    sent.push(row.id);
+                    sent.push(row);
                 }
                 Err(Refused::Returned { .. }) if row.message.exchange == BUS => {
                     metrics::count(names::UNHEARD, 1);
                     tracing::debug!(id = row.message.message_id, r#type = row.message.kind, "nobody subscribes to it");
                     match self.unheard(&row.message) {
                         Some(answer) => unheard.push((row, answer)),
-                        None => sent.push(row.id),
+                        None => sent.push(row),
                     }
                 }
                 Err(refused) => {
@@ -177,19 +206,18 @@ impl Relay {
             let (rows, answers): (Vec<Row>, Vec<Message>) = unheard.into_iter().unzip();
             for (row, outcome) in rows.into_iter().zip(self.publisher.publish_all(answers).await) {
                 match outcome {
-                    Ok(_) | Err(Refused::Returned { .. }) => sent.push(row.id),
+                    Ok(_) | Err(Refused::Returned { .. }) => sent.push(row),
                     Err(_) => kept.push(row),
                 }
             }
         }
         let complete = kept.is_empty();
-        kept.into_iter().rev().for_each(|row| rest.push_front(row));
-        self.queue = rest;
+        // Those of the wave came before what had to wait for them.
+        later.into_iter().rev().for_each(|row| self.queue.push_front(row));
+        kept.into_iter().rev().for_each(|row| self.queue.push_front(row));
+        self.forgotten().await;
         if !sent.is_empty() {
-            let count = sent.len();
-            self.forget(sent).await;
-            fault::point("outbox-marked");
-            self.pending.fetch_sub(count, Ordering::AcqRel);
+            self.forgetting = Some(self.forget(sent));
         }
         if missing && let Err(error) = self.topology.repair().await {
             tracing::error!(%error, "the topology cannot be declared again");
@@ -208,13 +236,28 @@ impl Relay {
     }
 
     /// Until the store takes it: rows that stay would be published again by the next owner.
-    async fn forget(&self, rows: Vec<i64>) {
-        let mut pause = Duration::from_millis(50);
-        while let Err(error) = self.store.sent(rows.clone()).await {
-            metrics::count(names::STORE_ERRORS, 1);
-            tracing::warn!(%error, "published rows cannot be forgotten yet");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
+    fn forget(&self, rows: Vec<Row>) -> Forgetting {
+        let (ids, partitions) = rows.into_iter().map(|row| (row.id, row.partition)).unzip::<_, _, Vec<i64>, _>();
+        let (store, pending) = (self.store.clone(), self.pending.clone());
+        let done = tokio::spawn(async move {
+            let mut pause = Duration::from_millis(50);
+            while let Err(error) = store.sent(ids.clone()).await {
+                metrics::count(names::STORE_ERRORS, 1);
+                tracing::warn!(%error, "published rows cannot be forgotten yet");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(5));
+            }
+            fault::point("outbox-marked");
+            pending.fetch_sub(ids.len(), Ordering::AcqRel);
+        });
+        Forgetting { partitions, done }
+    }
+
+    /// Waits until the last wave is forgotten.
+    async fn forgotten(&mut self) {
+        if let Some(wave) = self.forgetting.take() {
+            // It does not panic; and what stayed would be published again, which is harmless.
+            let _ = wave.done.await;
         }
     }
 }

@@ -5,6 +5,7 @@
 pub(crate) mod exec;
 pub(crate) mod latency;
 pub(crate) mod raw;
+pub(crate) mod steps;
 pub(crate) mod tx;
 pub(crate) mod warren;
 
@@ -69,6 +70,7 @@ pub(crate) fn main(name: &str, rest: &[String]) -> anyhow::Result<ExitCode> {
             "publish_raw" => raw::publish(task).await,
             "latency_raw" => latency::raw(task).await,
             "latency_warren" => latency::warren(task).await,
+            "process_warren" => steps::warren(task).await,
             "tx_warren" => tx::warren(task).await,
             "tx_loop" => tx::by_hand(task).await,
             other => anyhow::bail!("there is no client '{other}'"),

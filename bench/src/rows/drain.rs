@@ -1,5 +1,5 @@
 //! Queues that are full, emptied: from the first delivery to the last ack.
-use super::note;
+use super::{note, stranger};
 use crate::bench::{Bench, say};
 use crate::measure;
 use crate::peers::{self, POSTGRES};
@@ -101,18 +101,7 @@ impl Contestant {
                 bench.describe(&mut drain, site, count);
                 Ok(drain)
             }
-            Make::Stranger => {
-                let queues: Vec<String> = (0..site.queues().len()).map(|n| format!("{}.{n}", self.name)).collect();
-                let of = |action: &str| {
-                    let mut command = peers::command(self.name, action);
-                    bench.describe(&mut command, site, count);
-                    command.env("BENCH_QUEUES", queues.join(","));
-                    command
-                };
-                let loaded = of("load").stdout(std::process::Stdio::null()).status()?;
-                ensure!(loaded.success(), "it cannot load its queues: {loaded}");
-                Ok(of("drain"))
-            }
+            Make::Stranger => stranger(bench, site, self.name, count, 1),
         }
     }
 }

@@ -3,13 +3,18 @@ mod backlog;
 pub(crate) mod drain;
 mod inbox;
 mod latency;
+mod process;
 mod publish;
 mod start;
 pub(crate) mod tx;
 
 use crate::bench::Bench;
 use crate::measure::Figures;
+use crate::peers;
 use crate::results::Results;
+use crate::site::Site;
+use anyhow::ensure;
+use std::process::{Command, Stdio};
 
 /// A group of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -28,12 +33,15 @@ pub(crate) enum Row {
     Start,
     /// Queues that are full, emptied by handlers with a database transaction an event.
     Tx,
+    /// Instances of a process, started by events that wait in the queues.
+    Process,
 }
 
 impl Row {
     /// Those that were asked for; all where none was.
     pub(crate) fn chosen(asked: &[Self]) -> Vec<Self> {
-        let all = [Self::Drain, Self::Publish, Self::Latency, Self::Backlog, Self::Inbox, Self::Start, Self::Tx];
+        use Row::{Backlog, Drain, Inbox, Latency, Process, Publish, Start, Tx};
+        let all = [Drain, Publish, Latency, Backlog, Inbox, Start, Tx, Process];
         all.into_iter().filter(|row| asked.is_empty() || asked.contains(row)).collect()
     }
 
@@ -47,8 +55,24 @@ impl Row {
             Self::Inbox => inbox::run(bench, results),
             Self::Start => start::run(bench, results),
             Self::Tx => tx::run(bench, results),
+            Self::Process => process::run(bench, results),
         }
     }
+}
+
+/// Has a make with messages of its own load queues of its own with so many tasks, in chains of `steps`; returns who empties
+/// them.
+fn stranger(bench: &Bench, site: &Site<'_>, make: &str, count: u64, steps: u64) -> anyhow::Result<Command> {
+    let queues: Vec<String> = (0..site.queues().len()).map(|n| format!("{make}.{n}")).collect();
+    let of = |action: &str| {
+        let mut command = peers::command(make, action);
+        bench.describe(&mut command, site, count);
+        command.env("BENCH_QUEUES", queues.join(",")).env("BENCH_STEPS", steps.to_string());
+        command
+    };
+    let loaded = of("load").stdout(Stdio::null()).status()?;
+    ensure!(loaded.success(), "it cannot load its queues: {loaded}");
+    Ok(of("drain"))
 }
 
 /// Notes a run's figures and tells them.
