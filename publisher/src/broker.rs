@@ -302,6 +302,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_node_is_left_once_however_many_connections_it_had() {
+        let nodes = Nodes { turn: AtomicUsize::new(7), given_up: watch::channel(7).0 };
+        nodes.leave(7);
+        nodes.leave(7);
+        assert_eq!(nodes.turn.load(Ordering::Acquire), 8);
+        // Of the node that serves now nobody complained.
+        nodes.leave(6);
+        assert_eq!(nodes.turn.load(Ordering::Acquire), 8);
+    }
+
+    #[test]
     fn two_thirds_of_the_heartbeat_are_asked_for_and_none_where_none_is_wanted() {
         assert_eq!([0, 1, 2, 3, 5, 10, 60, u16::MAX].map(interval), [0, 1, 1, 2, 3, 6, 40, 43_690]);
     }

@@ -1,4 +1,6 @@
 //! `make demo`: the order process of `examples/order` on a real broker, with kills, and an account of every order.
+mod bank;
+
 use anyhow::{Context, ensure};
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use serde_json::Value;
@@ -24,7 +26,10 @@ const GONE: Duration = Duration::from_secs(5);
 fn main() -> anyhow::Result<()> {
     tokio::runtime::Runtime::new()?.block_on(async {
         let demo = Demo::new()?;
-        let kept = demo.run().await;
+        let mut kept = demo.run().await;
+        if let (Ok(()), Some((url, _))) = (&kept, &demo.database) {
+            kept = bank::run(&demo, url).await;
+        }
         // Whatever happened, broker and database are left as they were found.
         if let Err(error) = demo.clean().await {
             eprintln!("what the demo made could not be removed: {error:#}");
@@ -33,13 +38,13 @@ fn main() -> anyhow::Result<()> {
     })
 }
 
-struct Demo {
+pub(crate) struct Demo {
     url: String,
     /// Where the store is PostgreSQL, and its table of parcels.
     database: Option<(String, String)>,
     pool: String,
-    dir: PathBuf,
-    environment: Vec<(String, String)>,
+    pub(crate) dir: PathBuf,
+    pub(crate) environment: Vec<(String, String)>,
     shop: Shop,
     started: Instant,
 }
@@ -68,7 +73,7 @@ impl Demo {
         Ok(Self { url, database, pool, dir, environment, shop, started: Instant::now() })
     }
 
-    fn say(&self, what: &str) {
+    pub(crate) fn say(&self, what: &str) {
         println!("{:5.1} s  {what}", self.started.elapsed().as_secs_f64());
     }
 
@@ -163,7 +168,7 @@ impl Demo {
             ("completed", count("completed"), String::new()),
             ("compensated", count("compensated"), causes.join(", ")),
             ("stuck", count("stuck"), String::new()),
-            ("dead letters", self.letters().await?, "the steps that failed, each with its reason".into()),
+            ("dead letters", self.letters().await?.len(), "the steps that failed, each with its reason".into()),
             ("money taken", usize::try_from(books.money)?, format!("{} is what the completed orders cost", sold.money)),
             (
                 "goods taken",
@@ -206,10 +211,10 @@ impl Demo {
         Ok(stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
     }
 
-    /// Dead letters, each event's counted once: after a kill there may be two.
-    async fn letters(&self) -> anyhow::Result<usize> {
+    /// The ids of all dead letters; after a kill there may be two of one event.
+    pub(crate) async fn letters(&self) -> anyhow::Result<HashSet<String>> {
         let letters = self.ask(&["dead", "list"]).await?;
-        Ok(letters.iter().filter_map(|letter| letter["id"].as_str()).collect::<HashSet<_>>().len())
+        Ok(letters.iter().filter_map(|letter| letter["id"].as_str().map(str::to_owned)).collect())
     }
 
     fn topology(&self) -> anyhow::Result<Topology> {

@@ -449,22 +449,24 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
 async fn probe(publisher: Publisher, exchange: String, subscriptions: Arc<Subscriptions>) {
     let mut tick = tokio::time::interval(BEAT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut refused_before = false;
     loop {
         tick.tick().await;
         match publisher.publish(Message { exchange: exchange.clone(), ..Message::default() }).await {
-            // Somebody deleted it.
-            Err(Refused::Returned { .. }) => {
+            Err(refused @ (Refused::Returned { .. } | Refused::Forbidden(_))) => {
+                // Each refusal costs the events a channel.
+                if std::mem::replace(&mut refused_before, true) {
+                    return tracing::warn!(
+                        %refused,
+                        "this worker does not find out whether its node is cut off: declare {exchange}, or grant write on it"
+                    );
+                }
+                // Somebody may have deleted it.
                 if let Err(error) = subscriptions.repair().await {
                     tracing::warn!(%error, exchange, "the topology cannot be declared again");
                 }
             }
-            Err(Refused::Forbidden(said)) => {
-                return tracing::warn!(
-                    said,
-                    "this worker cannot tell whether its node is cut off: grant write on {exchange}"
-                );
-            }
-            Ok(_) | Err(_) => {}
+            Ok(_) | Err(_) => refused_before = false,
         }
     }
 }
