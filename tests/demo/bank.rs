@@ -26,14 +26,14 @@ fn order(n: usize) -> Value {
     event(&format!("transfer-{n}"), "transfer.asked", &format!("customer-{from}"), data)
 }
 
-async fn connect(url: &str) -> anyhow::Result<Client> {
+pub(crate) async fn connect(url: &str) -> anyhow::Result<Client> {
     let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
     tokio::spawn(connection);
     Ok(client)
 }
 
 /// A number from the database, also while it recovers.
-async fn number(url: &str, sql: &str) -> anyhow::Result<i64> {
+pub(crate) async fn number(url: &str, sql: &str) -> anyhow::Result<i64> {
     let began = std::time::Instant::now();
     loop {
         let asked = async { anyhow::Ok(connect(url).await?.query_typed(sql, &[]).await?[0].get(0)) };

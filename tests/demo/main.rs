@@ -79,8 +79,7 @@ impl Demo {
 
     async fn run(&self) -> anyhow::Result<()> {
         if let Some((url, table)) = &self.database {
-            let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-            tokio::spawn(connection);
+            let client = bank::connect(url).await?;
             client
                 .batch_execute(&format!("CREATE TABLE {table} (instance text NOT NULL, address text NOT NULL)"))
                 .await?;
@@ -156,10 +155,7 @@ impl Demo {
         let causes: Vec<String> = causes.iter().map(|(cause, n)| format!("{n} {cause}")).collect();
         let (mut books, sold) = (self.shop.books()?, sold(completed)?);
         if let Some((url, table)) = &self.database {
-            let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-            tokio::spawn(connection);
-            let count: i64 = client.query_one(&format!("SELECT count(*) FROM {table}"), &[]).await?.get(0);
-            books.parcels = usize::try_from(count)?;
+            books.parcels = bank::number(url, &format!("SELECT count(*) FROM {table}")).await?.try_into()?;
         }
         let goods: i64 = sold.goods.values().sum();
         let left: Vec<String> = books.left.iter().map(|(sku, left)| format!("{left} {sku}s")).collect();
@@ -192,13 +188,7 @@ impl Demo {
             count("completed") == completed.len() && count("compensated") == compensated.len(),
             "events and states differ"
         );
-        let same = sold.goods.iter().all(|(sku, sold)| books.goods[sku] == *sold);
-        ensure!(
-            books.money == sold.money && same && books.parcels == sold.parcels,
-            "the books do not add up; see {}",
-            self.dir.display()
-        );
-        ensure!(books.left.values().all(|left| *left >= 0), "more was sold than there was");
+        ensure!(books.add_up(&sold), "the books do not add up; see {}", self.dir.display());
         println!("every order has one end, and the books add up");
         Ok(())
     }
@@ -227,8 +217,7 @@ impl Demo {
 
     async fn clean(&self) -> anyhow::Result<()> {
         if let Some((url, table)) = &self.database {
-            let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-            tokio::spawn(connection);
+            let client = bank::connect(url).await?;
             let schema = format!("warren_{}", self.pool.replace('-', "_"));
             client
                 .batch_execute(&format!("DROP SCHEMA IF EXISTS {schema} CASCADE; DROP TABLE IF EXISTS {table}"))

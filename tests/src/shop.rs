@@ -21,14 +21,14 @@ pub struct Shop {
     port: u16,
 }
 
-/// What the shop has, besides what its journals say.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// What was taken, as the shop's journals say it, or as its completed orders do.
+#[derive(Debug, Default)]
 pub struct Books {
     /// Taken from customers, and not given back.
     pub money: i64,
     /// Taken from the stock and not put back, by article.
     pub goods: BTreeMap<String, i64>,
-    /// What is left of it.
+    /// What is left of it; orders do not say that.
     pub left: BTreeMap<String, i64>,
     /// Instances with a parcel.
     pub parcels: usize,
@@ -43,7 +43,7 @@ impl Shop {
         std::fs::create_dir_all(dir)?;
         let lines: String = stock.iter().map(|(sku, quantity)| format!("add - {sku} {quantity}\n")).collect();
         std::fs::File::create(dir.join("stock"))?.write_all(lines.as_bytes())?;
-        // Nobody else is given it while we hold it; the service takes it a moment later.
+        // Free now, and hardly given to anybody else before the service takes it.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         Ok(Self { dir: dir.to_owned(), port })
     }
@@ -142,6 +142,16 @@ impl Shop {
             books.parcels = std::fs::read_dir(parcels)?.count();
         }
         Ok(books)
+    }
+}
+
+impl Books {
+    /// Whether what was taken is what these completed orders took, and no more of it than there was.
+    #[must_use]
+    pub fn add_up(&self, sold: &Self) -> bool {
+        let goods = self.goods.iter().filter(|(_, taken)| **taken != 0).eq(&sold.goods);
+        let left = self.left.values().all(|left| *left >= 0);
+        self.money == sold.money && self.parcels == sold.parcels && goods && left
     }
 }
 

@@ -216,6 +216,14 @@ enum End {
     Lost(String),
 }
 
+impl End {
+    /// The node is there and does not do its work.
+    fn mute(link: &Link, why: String) -> Self {
+        link.give_up();
+        Self::Lost(why)
+    }
+}
+
 /// The search for the message that the broker closed a channel over, among so many at the head of the queue. They go
 /// in windows of half their number, so every further complaint halves them, until one names its cause.
 #[derive(Default)]
@@ -295,10 +303,7 @@ impl Desk {
         let mut wire = match tokio::time::timeout(OPENING, Wire::open(link)).await {
             Ok(Ok(wire)) => wire,
             Ok(Err(error)) => return End::Lost(describe(&error)),
-            Err(_) => {
-                link.give_up();
-                return End::Lost(format!("no channel was opened within {OPENING:?}"));
-            }
+            Err(_) => return End::mute(link, format!("no channel was opened within {OPENING:?}")),
         };
         let opened = Instant::now();
         let end = 'channel: loop {
@@ -316,8 +321,7 @@ impl Desk {
                     self.settle(&entry, Err(refused));
                 }
                 if !self.write(&mut wire, ready).await {
-                    link.give_up();
-                    break 'channel End::Lost(format!("nothing could be written for {:?}", self.options.timeout));
+                    break 'channel End::mute(link, format!("nothing could be written for {:?}", self.options.timeout));
                 }
             }
             if let Some(error) = wire.verdict().await {
@@ -362,8 +366,7 @@ impl Desk {
                     None => self.closed = true,
                 },
                 () = tokio::time::sleep_until(deadline), if !wire.flying.is_empty() => {
-                    link.give_up();
-                    break End::Lost(format!("no confirm for {:?}", self.options.timeout));
+                    break End::mute(link, format!("no confirm for {:?}", self.options.timeout));
                 }
             }
         };
