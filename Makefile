@@ -5,7 +5,7 @@ help:
 	@echo 'make demo   an order process on a real RabbitMQ, with kills; half a minute after the build (STORE=postgres: with an order ledger)'
 	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
 	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
-	@echo 'make lint   format, clippy, docs'
+	@echo 'make lint   format, clippy, licences and sources of crates, docs'
 	@echo 'make fmt    format the code'
 	@echo 'make clean  stop the private brokers, remove target/'
 
@@ -22,6 +22,7 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo clippy -p warren-tests --features otlp --test traces --locked -- -D warnings
+	scripts/deny
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
 
 fmt:

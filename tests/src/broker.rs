@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// The administrator of a private node: user and password.
+const ADMIN: (&str, &str) = ("guest", "guest");
+
 /// A broker and its management interface.
 #[derive(Debug)]
 pub struct Rabbit {
@@ -130,7 +133,8 @@ impl Rabbit {
     /// That does not come to be in time.
     pub async fn whole(&self, patience: Duration) -> anyhow::Result<()> {
         let started = Instant::now();
-        let safe = |node: &String| Self::api_of(node, "GET", "health/checks/node-is-quorum-critical", None).is_ok();
+        let safe =
+            |node: &String| Self::api_of(node, ADMIN, "GET", "health/checks/node-is-quorum-critical", None).is_ok();
         while !self.management.iter().all(safe) {
             ensure!(started.elapsed() < patience, "the cluster is not whole within {patience:?}");
             tokio::time::sleep(Duration::from_millis(500)).await;
@@ -209,7 +213,7 @@ impl Rabbit {
         let mut answer = Err(anyhow::anyhow!("no broker runs"));
         // Of a cluster the first node that answers.
         for management in &self.management {
-            answer = Self::api_of(management, method, path, body.clone());
+            answer = Self::api_of(management, ADMIN, method, path, body.clone());
             if answer.is_ok() {
                 break;
             }
@@ -217,9 +221,25 @@ impl Rabbit {
         answer
     }
 
-    fn api_of(management: &str, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+    /// The same, for another user than the administrator.
+    ///
+    /// # Errors
+    /// The broker answers with an error, or not at all.
+    pub fn api_as(&self, user: (&str, &str), method: &str, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let management = self.management.first().context("a management interface")?;
+        Self::api_of(management, user, method, path, body)
+    }
+
+    fn api_of(
+        management: &str,
+        (user, password): (&str, &str),
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Value> {
+        use base64::Engine as _;
         let url = format!("{management}/api/{path}");
-        let auth = "Basic Z3Vlc3Q6Z3Vlc3Q=";
+        let auth = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")));
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(std::time::Duration::from_secs(20)))
