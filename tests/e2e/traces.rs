@@ -1,6 +1,5 @@
 //! Spans of handlers reach a collector (OTLP over HTTP), and what a handler emits belongs to its span.
-//!
-//! Built with `--features otlp`: `scripts/test -p warren-tests --features otlp --test traces`.
+//! This crate builds the worker with `otlp`; `make lint` checks it without.
 use anyhow::{Context, ensure};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::trace::v1::Span;
