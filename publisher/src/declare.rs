@@ -142,6 +142,8 @@ pub async fn depths(link: &Link, queues: &[String]) -> Result<Vec<Option<Depth>>
     let all = channel().await?;
     let found = join_all(queues.iter().map(|queue| look(&all, queue))).await;
     if found.iter().all(Result::is_ok) {
+        // Whoever asks every few seconds must not pile channels up.
+        let _ = all.close(200, "done".into()).await;
         return Ok(found.into_iter().map(Result::ok).collect());
     }
     // One that is missing closed the channel: each has to be asked alone.

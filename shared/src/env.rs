@@ -96,8 +96,9 @@ pub const VARIABLES: &[Variable] = &[
     worker("WARREN_DECLARE", "auto", "auto: declare the topology at the start; never: only check that it is there"),
     worker("WARREN_DRAIN_TIMEOUT", "25s", "how long running handlers may finish after SIGTERM"),
     worker("WARREN_CONSUMER_TIMEOUT", "30m", "the broker's consumer_timeout; a route that could hold a delivery longer is refused"),
+    worker("WARREN_WORK_OFF", "60s", "within which time a backlog should be worked off; the metric warren_workers_wanted counts with it"),
     worker("WARREN_RETENTION", "7d", "how long at least the store knows an event's id, 30h or more"),
-    worker("WARREN_ADMIN_ADDR", "", "where /livez, /readyz and /metrics are served, such as 0.0.0.0:9090; empty: nowhere"),
+    worker("WARREN_ADMIN_ADDR", "", "where /livez, /readyz, /startupz and /metrics are served, such as 0.0.0.0:9090; empty: nowhere"),
     worker("WARREN_WORKER_ID", "", "the worker's name in logs and dead letters; empty: host name and pid"),
 ];
 
@@ -204,6 +205,7 @@ pub struct Settings {
     pub declare: Declare,
     pub drain_timeout: Duration,
     pub consumer_timeout: Duration,
+    pub work_off: Duration,
     pub retention: Duration,
     pub admin_addr: Option<SocketAddr>,
     pub worker_id: Option<String>,
@@ -273,6 +275,7 @@ impl Read<'_> {
         let declare = self.get("WARREN_DECLARE", |v| choice(v, [("auto", Declare::Auto), ("never", Declare::Never)]));
         let drain_timeout = self.get("WARREN_DRAIN_TIMEOUT", duration);
         let consumer_timeout = self.get("WARREN_CONSUMER_TIMEOUT", duration);
+        let work_off = self.get("WARREN_WORK_OFF", duration);
         let retention = self.get("WARREN_RETENTION", retention);
         let admin_addr = match self.optional("WARREN_ADMIN_ADDR") {
             None => Some(None),
@@ -305,6 +308,7 @@ impl Read<'_> {
             declare: declare?,
             drain_timeout: drain_timeout?,
             consumer_timeout: consumer_timeout?,
+            work_off: work_off?,
             retention: retention?,
             admin_addr: admin_addr?,
             worker_id,

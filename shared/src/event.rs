@@ -382,6 +382,13 @@ impl Event {
         self.0.extensions.get(name)
     }
 
+    /// The W3C trace that it belongs to: 32 hexadecimal digits of its `traceparent`.
+    #[must_use]
+    pub fn trace_id(&self) -> Option<&str> {
+        let Value::Text(trace) = self.extension("traceparent")? else { return None };
+        trace.split('-').nth(1).filter(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+    }
+
     /// The payload.
     #[must_use]
     pub fn data(&self) -> Option<&Data> {

@@ -15,6 +15,7 @@ pub mod fleet;
 pub mod gather;
 pub mod json;
 pub mod lane;
+pub mod load;
 pub mod pattern;
 pub mod process;
 pub mod retry;

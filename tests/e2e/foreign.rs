@@ -103,8 +103,8 @@ async fn messages_without_an_id_are_handled_counted_and_warned_about_once() -> a
     let ids: HashSet<_> = lab.acts().iter().map(|act| act["event"]["id"].to_string()).collect();
     ensure!(ids.len() == 5, "each gets an id of its own: {ids:?}");
 
-    let (status, metrics) = lab.page(&address, "/metrics")?;
-    ensure!(status == 200 && metrics.contains("\nwarren_anonymous_total 5\n"), "{metrics}");
+    let counted = lab.metric(&address, "warren_anonymous_total", &[])?;
+    ensure!(counted == Some(5.0), "{counted:?}");
     ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
     let warnings = worker.log().matches("came without message_id").count();
     ensure!(warnings == 1, "{warnings} warnings: {}", worker.log());
@@ -154,9 +154,8 @@ async fn the_lane_header_chooses_the_lane_and_an_unknown_lane_is_normal() -> any
     let _worker = lab.worker()?;
     lab.settled(lanes.len(), PATIENCE).await?;
     for (lane, count) in [("high", 1), ("low", 2), ("normal", 4)] {
-        let line = format!("\nwarren_handled_total{{lane=\"{lane}\"}} {count}\n");
-        let counted = || lab.page(&address, "/metrics").is_ok_and(|(_, metrics)| metrics.contains(&line));
-        until(&line, PATIENCE, counted).await?;
+        let handled = || lab.metric(&address, "warren_handled_total", &[("lane", lane)]).ok().flatten();
+        until(lane, PATIENCE, || handled() == Some(f64::from(count))).await?;
     }
     Ok(())
 }

@@ -235,6 +235,23 @@ impl Lab {
         Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
     }
 
+    /// The sum of a metric's series that carry these labels; none where there is no such series.
+    ///
+    /// # Errors
+    /// Nobody answers there.
+    pub fn metric(&self, address: &str, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<Option<f64>> {
+        let (_, text) = self.page(address, "/metrics")?;
+        let labels: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
+        let value = |line: &str| {
+            let rest = line.strip_prefix(name)?;
+            let (set, value) = rest.rsplit_once(' ')?;
+            let ours = set.is_empty() || set.starts_with('{');
+            (ours && labels.iter().all(|label| set.contains(label))).then(|| value.parse::<f64>().ok())?
+        };
+        let values: Vec<f64> = text.lines().filter_map(value).collect();
+        Ok((!values.is_empty()).then(|| values.iter().sum()))
+    }
+
     /// The names of this vhost's queues and exchanges (the broker's own exchanges left out), sorted.
     ///
     /// # Errors

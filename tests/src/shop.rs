@@ -71,6 +71,7 @@ impl Shop {
     /// It cannot be started.
     pub fn worker(&self, environment: &[(String, String)], log: &Path) -> anyhow::Result<Process> {
         let mut worker = command("warren-order", environment);
+        worker.arg("run");
         worker.env("ORDER_DIR", &self.dir);
         Process::start(worker, log)
     }

@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz`, `/metrics`.
+//! `/livez`, `/readyz`, `/startupz`, `/metrics`.
 use crate::consumer::Subscriptions;
 use crate::fleet::Seats;
 use crate::pipeline::Pulse;
@@ -7,9 +7,12 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use warren_publisher::publish::Health;
 
@@ -36,6 +39,12 @@ impl Vitals {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         jiff::Timestamp::now().as_millisecond() - self.pulse.turned.load(Ordering::Relaxed) < STALLED_MS
+    }
+
+    /// Why the worker has not begun yet; empty once it has, whatever comes later.
+    #[must_use]
+    pub fn beginning(&self) -> Vec<String> {
+        if self.seats.wanted().is_some() { Vec::new() } else { vec!["joining the pool".into()] }
     }
 
     /// Why the worker takes no events now; empty where it does.
@@ -71,13 +80,14 @@ impl Vitals {
 /// The address cannot be bound.
 pub async fn serve(address: SocketAddr, vitals: Vitals, metrics: Option<PrometheusHandle>) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::bind(address).await?;
-    tracing::info!(%address, "serving /livez, /readyz and /metrics");
-    let live = vitals.clone();
+    tracing::info!(%address, "serving /livez, /readyz, /startupz and /metrics");
+    let (live, start) = (vitals.clone(), vitals.clone());
     let router = Router::new()
         .route(
             "/livez",
             get(move || async move { answer(if live.is_alive() { vec![] } else { vec!["stalled".into()] }) }),
         )
+        .route("/startupz", get(move || async move { answer(start.beginning()) }))
         .route("/readyz", get(move || async move { answer(vitals.reasons()) }))
         .route(
             "/metrics",
@@ -98,4 +108,41 @@ fn answer(reasons: Vec<String>) -> impl IntoResponse {
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = serde_json::json!({"ok": reasons.is_empty(), "reasons": reasons}).to_string();
     (status, [(header::CONTENT_TYPE, "application/json")], body)
+}
+
+/// A probe's answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// Whether it is yes.
+    pub good: bool,
+    /// The JSON, with the reasons.
+    pub body: String,
+}
+
+/// How long a probe may take.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Asks the worker that serves on this machine.
+///
+/// # Errors
+/// Nobody answers in time.
+pub async fn ask(address: SocketAddr, probe: &str) -> std::io::Result<Answer> {
+    let asked = async {
+        let mut stream = TcpStream::connect(nearby(address)).await?;
+        stream.write_all(format!("GET /{probe} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        let mut text = String::new();
+        stream.take(64 << 10).read_to_string(&mut text).await?;
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+        Ok(Answer { good: head.split(' ').nth(1) == Some("200"), body: body.into() })
+    };
+    tokio::time::timeout(PATIENCE, asked).await.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+}
+
+/// Who listens on every address is asked at the loopback.
+fn nearby(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        ip if !ip.is_unspecified() => address,
+        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, address.port()).into(),
+        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, address.port()).into(),
+    }
 }

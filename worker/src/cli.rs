@@ -1,12 +1,14 @@
 //! The commands of `warren-worker`.
+use crate::admin;
 use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::fleet::JoinError;
 use crate::process::{Instances, Order, Shown, Style, draw};
 use crate::shutdown;
 use crate::status;
-use crate::worker::{Worker, open, worker_name};
+use crate::worker::{Builder, Worker, open, worker_name};
 use clap::{Args, Parser, Subcommand};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use warren_publisher::declare::{self, DeclareError, Found};
 use warren_publisher::process::{self, Spare, count, exit};
@@ -51,6 +53,12 @@ enum Command {
     /// Instances of business processes
     #[command(subcommand)]
     Process(ProcessCommand),
+    /// Ask the worker on this machine how it is, at WARREN_ADMIN_ADDR; exit 1 and the reasons where the answer is no
+    Healthcheck {
+        /// livez: the process works; readyz: it takes events; startupz: it has begun to
+        #[arg(default_value = "readyz", value_parser = ["livez", "readyz", "startupz"])]
+        probe: String,
+    },
 }
 
 #[derive(Subcommand)]
@@ -169,6 +177,13 @@ impl Which {
 /// Runs a command line; what `main` does.
 #[must_use]
 pub fn main() -> ExitCode {
+    main_with(|_, builder| Ok(builder))
+}
+
+/// The same, for a worker with handlers of its own: they are added to what the settings name, for every command that looks at
+/// routes.
+#[must_use]
+pub fn main_with(add: impl FnOnce(&Settings, Builder) -> anyhow::Result<Builder>) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return process::usage(&error),
@@ -177,7 +192,14 @@ pub fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(code) => return code,
     };
-    let built = Worker::builder(settings.clone()).build();
+    // Before the routes are read: it asks another process, every few seconds.
+    if let Command::Healthcheck { probe } = &cli.command {
+        return end(process::run(Spare::One, healthcheck(settings.admin_addr, probe)));
+    }
+    let built = match add(&settings, Worker::builder(settings.clone())) {
+        Ok(builder) => builder.build(),
+        Err(error) => return process::fail(&error),
+    };
     if let (Command::Check { .. }, Err(mistakes)) = (&cli.command, &built) {
         let topology = config::topology(&settings, &config::Routes::default());
         let mistakes = mistakes.clone();
@@ -203,6 +225,7 @@ pub fn main() -> ExitCode {
             Command::Status { json } => show_pool(&settings, &topology, json).await,
             Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
             Command::Process(command) => instances(&settings, &topology, command).await,
+            Command::Healthcheck { .. } => unreachable!("it was answered above"),
         }
     }))
 }
@@ -220,6 +243,23 @@ fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
         }
         Err(error) => process::fail(&error),
     }
+}
+
+async fn healthcheck(address: Option<SocketAddr>, probe: &str) -> anyhow::Result<ExitCode> {
+    let Some(address) = address else {
+        eprintln!("WARREN_ADMIN_ADDR is not set: the worker serves no probes; set it for both, such as 0.0.0.0:9090");
+        return Ok(ExitCode::from(exit::USAGE));
+    };
+    Ok(match admin::ask(address, probe).await {
+        Ok(answer) => {
+            println(&answer.body)?;
+            ExitCode::from(if answer.good { 0 } else { exit::FAILED })
+        }
+        Err(error) => {
+            eprintln!("no worker answers at {address} ({error}): start it, or correct WARREN_ADMIN_ADDR");
+            ExitCode::from(exit::FAILED)
+        }
+    })
 }
 
 async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) -> anyhow::Result<ExitCode> {

@@ -60,6 +60,8 @@ pub(crate) struct Job {
     /// Ends the handler, or the wait in place.
     pub(crate) abort: Option<tokio::task::AbortHandle>,
     pub(crate) since: Instant,
+    /// When its event happened, in milliseconds since 1970.
+    pub(crate) born: Option<i64>,
 }
 
 /// What is handled one after the other.
@@ -143,7 +145,14 @@ impl Job {
             proof: None,
             abort: None,
             since,
+            born: None,
         }
+    }
+
+    /// Seconds since its event happened, if it says when; clocks that differ make nothing negative.
+    pub(crate) fn lag(&self) -> Option<f64> {
+        let lag = jiff::Timestamp::now().as_millisecond() - self.born?;
+        Some(lag.max(0) as f64 / 1000.0)
     }
 
     pub(crate) fn event(&self) -> Option<&Event> {

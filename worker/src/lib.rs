@@ -25,6 +25,7 @@ pub mod fleet;
 pub mod handler;
 mod job;
 mod jq;
+mod load;
 pub mod metrics;
 pub mod outbox;
 mod pile;
@@ -33,6 +34,7 @@ mod process;
 pub mod shutdown;
 mod status;
 pub mod store;
+mod trace;
 pub mod worker;
 
 pub use handler::{Context, Failure, Reply};

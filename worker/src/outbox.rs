@@ -10,9 +10,9 @@ use crate::metrics::{self, names};
 use crate::store::{Row, Store};
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use warren_publisher::{Publisher, Refused};
@@ -25,6 +25,16 @@ use warren_shared::{Limits, Message};
 pub struct Outbox {
     orders: mpsc::UnboundedSender<Order>,
     pending: Arc<AtomicUsize>,
+    pushes: Arc<Mutex<Pushes>>,
+}
+
+/// When rows came, until they have gone.
+#[derive(Debug, Default)]
+struct Pushes {
+    /// Rows that ever came.
+    rows: u64,
+    /// Each push, and how many had come with it.
+    at: VecDeque<(u64, Instant)>,
 }
 
 #[derive(Debug)]
@@ -63,12 +73,17 @@ impl Outbox {
             waiting: Vec::new(),
         };
         tokio::spawn(relay.run());
-        Self { orders, pending }
+        Self { orders, pending, pushes: Arc::default() }
     }
 
     /// Hands committed rows over, in their order.
     pub fn push(&self, rows: Vec<Row>) {
+        let mut pushes = self.pushes();
+        pushes.rows += rows.len() as u64;
+        let push = (pushes.rows, Instant::now());
+        pushes.at.push_back(push);
         self.pending.fetch_add(rows.len(), Ordering::AcqRel);
+        drop(pushes);
         // The relay ends only when all handles are gone.
         let _ = self.orders.send(Order::Publish(rows));
     }
@@ -78,6 +93,22 @@ impl Outbox {
         let (tell, told) = oneshot::channel();
         let _ = self.orders.send(Order::Tell(partition, tell));
         let _ = told.await;
+    }
+
+    /// How long the oldest row has waited. They go in the order in which they came, but for those that their key holds back.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        let mut pushes = self.pushes();
+        let gone = pushes.rows - self.pending() as u64;
+        while pushes.at.front().is_some_and(|(rows, _)| *rows <= gone) {
+            pushes.at.pop_front();
+        }
+        pushes.at.front().map_or(Duration::ZERO, |(_, at)| at.elapsed())
+    }
+
+    fn pushes(&self) -> MutexGuard<'_, Pushes> {
+        // No code that holds the lock can panic half-way through a change.
+        self.pushes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Rows that are not yet confirmed and forgotten.

@@ -5,12 +5,14 @@ use crate::consumer::Subscriptions;
 use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
 use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Rust};
 use crate::job::House;
+use crate::load::Gauges;
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
 use crate::process::Plans;
 use crate::shutdown::Stop;
 use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
+use crate::trace;
 use anyhow::Context as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -221,7 +223,8 @@ impl Worker {
         let name = worker_name(&settings);
         // Outbox rows belong to one run of one process, whatever its name: the suffix makes a successor a stranger.
         let run = format!("{name}#{}", uuid::Uuid::new_v4().simple());
-        let recorder = metrics::install();
+        let recorder = metrics::install(&settings.pool);
+        trace::start(&name).map_err(anyhow::Error::msg)?;
         let topology = config::topology(&settings, &routes);
         let broker = Broker::new(settings.amqp.clone(), format!("warren-worker {name}"));
         // The broker first, which connecting does not change; then the store; then declarations. A start that fails
@@ -312,6 +315,7 @@ impl Worker {
             context: Context {
                 attempt: 1,
                 timeout: config::TIMEOUT,
+                partition: "".into(),
                 pool: settings.pool.as_str().into(),
                 limits: settings.limits,
             },
@@ -324,6 +328,9 @@ impl Worker {
             pulse,
         });
         let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
+        let gauges =
+            Gauges::new(vitals.clone(), running.orders.clone(), &topology, settings.concurrency, settings.work_off);
+        let gauges = tokio::spawn(gauges.watch());
         let prober = tokio::spawn(probe(publisher, topology.probe(), subscriptions.clone()));
         let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
         tracing::info!(
@@ -361,8 +368,10 @@ impl Worker {
         }
         flush(&outbox, SETTLE).await;
         futures_util::future::join_all(handlers.iter().map(|handler| handler.close())).await;
+        trace::stop().await;
         keeper.abort();
         prober.abort();
+        gauges.abort();
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");

@@ -1,6 +1,6 @@
 //! The worker of the order process: all that `order.yaml` says, and one handler in Rust, which ships.
 //!
-//! usage: warren-order    environment as for `warren-worker run`; `WARREN_CONFIG=examples/order/order.yaml`
+//! usage: warren-order COMMAND    the commands and the environment of `warren-worker`; `WARREN_CONFIG=examples/order/order.yaml`
 //!
 //! A parcel is a file in `$ORDER_DIR/parcels`, named after the instance: the function may run more than once, and finds it. With
 //! PostgreSQL it is a row of `$ORDER_TABLE` (`CREATE TABLE parcels (instance text, address text)`), inserted inside the store's
@@ -10,10 +10,9 @@ use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use warren_publisher::process::{self, Spare};
 use warren_shared::Event;
-use warren_shared::env::{Database, Reader};
-use warren_worker::{Failure, Reply, Worker, shutdown};
+use warren_shared::env::Database;
+use warren_worker::{Failure, Reply, cli};
 
 /// The data of `shipping.create`, as the step's `with` makes it.
 #[derive(Deserialize)]
@@ -22,33 +21,23 @@ struct Shipment {
 }
 
 fn main() -> ExitCode {
-    let settings = match process::settings(Reader::Worker) {
-        Ok(settings) => settings,
-        Err(code) => return code,
-    };
-    let ran = process::run(Spare::One, async move {
+    cli::main_with(|settings, worker| {
         let variable = |name, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
-        let parcels = PathBuf::from(variable("ORDER_DIR", "target/order")).join("parcels");
-        tokio::fs::create_dir_all(&parcels).await.with_context(|| format!("{}", parcels.display()))?;
-        let transactional = matches!(settings.database, Database::Postgres(_));
-        let builder = Worker::builder(settings);
-        let builder = if transactional {
+        if matches!(settings.database, Database::Postgres(_)) {
             let insert: Arc<str> = format!("INSERT INTO {} VALUES ($1, $2)", variable("ORDER_TABLE", "parcels")).into();
-            builder.handle_tx("shipping.create", move |event, tx, _| {
+            return Ok(worker.handle_tx("shipping.create", move |event, tx, _| {
                 let insert = insert.clone();
                 async move {
                     let (instance, address) = asked(&event)?;
                     tx.execute(&insert, &[&instance, &address]).await?;
                     Ok(shipped(&instance))
                 }
-            })
-        } else {
-            builder.handle("shipping.create", move |event, _| ship(event, parcels.clone()))
-        };
-        let worker = builder.build().map_err(|mistakes| anyhow::anyhow!("{}", mistakes.join("\n")))?;
-        worker.run(shutdown::signals()?).await.map(|()| ExitCode::SUCCESS)
-    });
-    ran.unwrap_or_else(|error| process::fail(&error))
+            }));
+        }
+        let parcels = PathBuf::from(variable("ORDER_DIR", "target/order")).join("parcels");
+        std::fs::create_dir_all(&parcels).with_context(|| format!("{}", parcels.display()))?;
+        Ok(worker.handle("shipping.create", move |event, _| ship(event, parcels.clone())))
+    })
 }
 
 /// Whose parcel it is, and where it goes.

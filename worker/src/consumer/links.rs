@@ -3,10 +3,10 @@ use super::subscription::{Slot, Subscription};
 use super::{News, Place};
 use crate::outbox::Outbox;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
-use warren_publisher::declare::{self, DeclareError};
+use warren_publisher::declare::{self, DeclareError, Depth};
 use warren_publisher::{Broker, Link, Seal};
 use warren_shared::env::Declare;
 use warren_shared::event::Limits;
@@ -34,6 +34,8 @@ pub struct Subscriptions {
     pub(super) clock: Arc<Clock>,
     /// A subscription began or ended.
     pub(super) changed: Notify,
+    /// When a delivery came, or a queue was seen empty: milliseconds since 1970.
+    proved: AtomicI64,
 }
 
 impl Subscriptions {
@@ -60,6 +62,7 @@ impl Subscriptions {
             epochs: AtomicU64::new(0),
             clock: Arc::default(),
             changed: Notify::new(),
+            proved: AtomicI64::new(0),
         })
     }
 
@@ -67,6 +70,27 @@ impl Subscriptions {
     #[must_use]
     pub fn consuming(&self) -> usize {
         self.consuming.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn prove(&self) {
+        self.proved.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+    }
+
+    /// When this worker last had proof that it consumes, in milliseconds since 1970; 0 before the first.
+    #[must_use]
+    pub fn proved(&self) -> i64 {
+        self.proved.load(Ordering::Relaxed)
+    }
+
+    /// What waits in some queues, and who consumes them; none where there is no such queue.
+    ///
+    /// # Errors
+    /// The broker cannot be asked.
+    pub async fn depths(&self, queues: &[String]) -> Result<Vec<Option<Depth>>, DeclareError> {
+        let link = self.link().await;
+        let depths = declare::depths(&link, queues).await;
+        self.give_back(link).await;
+        depths
     }
 
     /// The clock that stamps subscriptions.

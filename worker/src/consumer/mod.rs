@@ -174,6 +174,8 @@ pub struct Arrival {
     pub redelivered: bool,
     /// The event; or the message that is none, and why.
     pub content: Result<Incoming, Box<(Message, Unreadable)>>,
+    /// When the event happened, in milliseconds since 1970, if it tells.
+    pub born: Option<i64>,
 }
 
 /// What subscriptions tell the pipeline.

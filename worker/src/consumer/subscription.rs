@@ -18,7 +18,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use warren_publisher::broker::describe;
 use warren_publisher::{Link, codec};
-use warren_shared::acks::{Ack, Span};
+use warren_shared::Event;
+use warren_shared::acks::{Ack, Ledger, Span};
 
 /// What is wanted of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,7 +292,7 @@ impl Subscription {
                     return Ending::Lost(describe(&error));
                 },
                 _ = sweep.tick(), if waits => {
-                    let acks = epoch.ledger().sweep();
+                    let acks = due(epoch, Ledger::sweep);
                     if let Err(error) = send(channel, acks).await {
                         return Ending::Lost(describe(&error));
                     }
@@ -331,6 +332,9 @@ impl Subscription {
             Ok(Err(error)) => return Err(describe(&error)),
             Err(_) => return Err("the broker does not answer".into()),
         };
+        if ready == 0 {
+            self.shared.prove();
+        }
         let overlooked = ready > 0 && matches!(want, Want::Here { first: true, .. });
         ear.waiting = if overlooked { ear.waiting + 1 } else { 0 };
         // Once may be an event that came this moment.
@@ -344,11 +348,10 @@ impl Subscription {
         loop {
             // Before the acks: whoever gives its ticket back has settled by then.
             let held = epoch.tickets.load(Ordering::Acquire);
-            let acks = {
-                let mut ledger = epoch.ledger();
-                // What is given back stays between what is settled: the second sweep acks one by one.
+            // What is given back stays between what is settled: the second sweep acks one by one.
+            let acks = due(epoch, |ledger| {
                 if held == 0 { [ledger.sweep(), ledger.sweep()].concat() } else { ledger.flush().into_iter().collect() }
-            };
+            });
             send(channel, acks).await.map_err(|error| describe(&error))?;
             if held == 0 {
                 break;
@@ -372,14 +375,8 @@ impl Subscription {
 
     /// Acks what is worth an ack; the next sweep takes what is not.
     async fn ack(&self, channel: &Channel, epoch: &Epoch) -> Result<(), Error> {
-        let acks = {
-            let mut ledger = epoch.ledger();
-            let window = usize::from(self.shared.prefetch);
-            if !ledger.is_due(window) {
-                return Ok(());
-            }
-            ledger.relieve(window)
-        };
+        let window = usize::from(self.shared.prefetch);
+        let acks = due(epoch, |ledger| if ledger.is_due(window) { ledger.relieve(window) } else { Vec::new() });
         send(channel, acks).await
     }
 
@@ -398,14 +395,20 @@ impl Subscription {
             let content = seal
                 .open(codec::envelope(&delivery), &delivery.data, *limits, fresh_id)
                 .map_err(|why| Box::new((codec::read(delivery), why)));
-            Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content }
+            let born = content.as_ref().ok().and_then(|incoming| happened(&incoming.event));
+            Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content, born }
         };
         let arrivals: Vec<Arrival> = deliveries.into_iter().map(arrival).collect();
-        let happened = arrivals.first().and_then(|arrival| arrival.content.as_ref().ok()?.event.time()?.parse().ok());
-        let at = happened.unwrap_or_else(jiff::Timestamp::now).as_millisecond();
+        let now = || jiff::Timestamp::now().as_millisecond();
+        let at = arrivals.first().and_then(|arrival| arrival.born).unwrap_or_else(now);
         lock(&epoch.ages).push_back((first, at));
+        self.shared.prove();
         arrivals
     }
+}
+
+fn happened(event: &Event) -> Option<i64> {
+    Some(event.time()?.parse::<jiff::Timestamp>().ok()?.as_millisecond())
 }
 
 /// What the watchdog has noticed.
@@ -432,6 +435,22 @@ fn gather(first: Option<Result<Delivery, Error>>, consumer: &mut Consumer) -> (V
             None => return (deliveries, None),
         };
     }
+}
+
+/// Acks to send now, counted by how many deliveries each covers.
+fn due(epoch: &Epoch, ask: impl FnOnce(&mut Ledger) -> Vec<Ack>) -> Vec<Ack> {
+    let (acks, covered) = {
+        let mut ledger = epoch.ledger();
+        let before = ledger.unacked();
+        let acks = ask(&mut ledger);
+        (acks, before - ledger.unacked())
+    };
+    // At most one covers several.
+    let alone = acks.iter().filter(|ack| ack.span == Span::One).count();
+    for ack in &acks {
+        metrics::observe(names::ACK_EVENTS, if ack.span == Span::One { 1.0 } else { (covered - alone) as f64 });
+    }
+    acks
 }
 
 async fn send(channel: &Channel, acks: Vec<Ack>) -> Result<(), Error> {

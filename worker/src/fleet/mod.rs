@@ -9,8 +9,8 @@ use crate::consumer::{Slot, Standing, Subscriptions, Want};
 use crate::metrics::{self, names};
 use gossip::{Gossip, Tiding};
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -139,21 +139,45 @@ pub struct Supervisor {
     task: JoinHandle<()>,
 }
 
-/// How many subscriptions a worker should have.
-#[derive(Debug)]
-pub struct Seats(AtomicUsize);
+/// Which subscriptions a worker should have.
+#[derive(Debug, Default)]
+pub struct Seats(Mutex<Option<Dealt>>);
 
-impl Default for Seats {
-    fn default() -> Self {
-        Self(AtomicUsize::new(usize::MAX))
-    }
+/// What was dealt to it last.
+#[derive(Clone, Debug)]
+struct Dealt {
+    owned: Arc<Vec<String>>,
+    standby: usize,
+    /// All workers take events from all partitions.
+    shared: bool,
 }
 
 impl Seats {
     /// Partitions that it owns or stands by for; none before the first assignment.
     #[must_use]
     pub fn wanted(&self) -> Option<usize> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|wanted| *wanted != usize::MAX)
+        self.dealt().map(|dealt| dealt.owned.len() + dealt.standby)
+    }
+
+    /// The queues that it is to take events from.
+    #[must_use]
+    pub fn owned(&self) -> Arc<Vec<String>> {
+        self.dealt().map(|dealt| dealt.owned).unwrap_or_default()
+    }
+
+    /// Whether others take events from them, too.
+    #[must_use]
+    pub fn are_shared(&self) -> bool {
+        self.dealt().is_some_and(|dealt| dealt.shared)
+    }
+
+    fn dealt(&self) -> Option<Dealt> {
+        // No code that holds the lock can panic half-way through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn deal(&self, dealt: Dealt) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(dealt);
     }
 }
 
@@ -394,11 +418,12 @@ impl Task {
                 (post.role, post.owner, post.since, post.contradictions) = (role, owner, now, 0);
             }
         }
-        let count = |role| self.posts.iter().filter(|post| post.role == role).count();
-        let (owned, standby) = (count(Role::Owner), count(Role::Standby));
-        self.vitals.seats.0.store(owned + standby, Ordering::Relaxed);
-        metrics::set(names::OWNED, owned);
-        metrics::set(names::WORKERS, members.len());
+        let of = |role| self.posts.iter().filter(move |post| post.role == role);
+        let queues = Arc::new(of(Role::Owner).map(|post| post.slot.place.queue.to_string()).collect::<Vec<_>>());
+        let (owned, standby) = (queues.len(), of(Role::Standby).count());
+        self.vitals.seats.deal(Dealt { owned: queues, standby, shared: self.order == Order::None });
+        metrics::set(names::OWNED, owned as f64);
+        metrics::set(names::WORKERS, members.len() as f64);
         let told = (members.len(), owned);
         if std::mem::replace(&mut self.told, told) != told {
             tracing::info!(

@@ -25,7 +25,8 @@ fn python(processes: usize, program: &str) -> Exec {
 
 fn call_with(id: &str, data: &str, timeout: Duration) -> Call {
     let event = Event::new(id, "/tests", "thing.done").and_then(|e| e.with_json(data.as_bytes(), Default::default()));
-    let context = Context { attempt: 1, timeout, pool: "tests".into(), limits: Default::default() };
+    let context =
+        Context { attempt: 1, timeout, partition: "p00".into(), pool: "tests".into(), limits: Default::default() };
     Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
 }
 

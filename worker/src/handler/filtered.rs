@@ -1,15 +1,12 @@
 //! `where` and `transform` before any kind of handler: whether it gets an event, and with which data.
 use super::{Call, Handler, Outcome, Reply};
 use crate::jq::{self, Jq, JqError, Limits, TIME};
-use crate::metrics::{self, names};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use warren_shared::Event;
 use warren_shared::event::{Data, Unreadable, Value};
 
 pub(super) struct Filtered {
-    /// Its pattern, for the count of what is filtered.
-    pub(super) route: Arc<str>,
     pub(super) condition: Option<Jq>,
     pub(super) transform: Option<Jq>,
     pub(super) inner: Arc<dyn Handler>,
@@ -17,14 +14,11 @@ pub(super) struct Filtered {
 
 impl Handler for Filtered {
     fn handle(&self, mut call: Call) -> BoxFuture<'static, Outcome> {
-        let (route, inner) = (self.route.clone(), self.inner.clone());
+        let inner = self.inner.clone();
         let (condition, transform) = (self.condition.clone(), self.transform.clone());
         Box::pin(async move {
-            let filtered = || {
-                metrics::count_by(names::FILTERED, "route", route.to_string(), 1);
-                // Whoever handles it may be another pool.
-                Outcome::Done(Reply::looked_on())
-            };
+            // Whoever handles it may be another pool.
+            let filtered = || Outcome::Done(Reply { filtered: true, ..Reply::looked_on() });
             if let Some(condition) = condition {
                 match run(condition, "where", &call).await {
                     Ok(outputs) if jq::holds(&outputs) => {}
@@ -101,7 +95,8 @@ mod tests {
     fn call(event: Event) -> Call {
         let entry = Entry { seen: None, started: None, partition: "p".into() };
         let timeout = Duration::from_secs(1);
-        let context = Context { attempt: 1, timeout, pool: "orders".into(), limits: Size::default() };
+        let context =
+            Context { attempt: 1, timeout, partition: "p00".into(), pool: "orders".into(), limits: Size::default() };
         Call { event, context, entry, kept: None }
     }
 
@@ -118,7 +113,7 @@ mod tests {
 
     async fn through(condition: &str, transform: &str, event: Event) -> Outcome {
         let (condition, transform) = (program(condition), program(transform));
-        Filtered { route: "order.*".into(), condition, transform, inner: Arc::new(Echo) }.handle(call(event)).await
+        Filtered { condition, transform, inner: Arc::new(Echo) }.handle(call(event)).await
     }
 
     fn emitted(outcome: Outcome) -> Vec<Event> {

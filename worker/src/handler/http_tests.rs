@@ -19,7 +19,13 @@ fn http(service: &Service) -> Http {
 }
 
 fn call(id: &str) -> Call {
-    let context = Context { attempt: 1, timeout: MINUTE, pool: "tests".into(), limits: Default::default() };
+    let context = Context {
+        attempt: 1,
+        timeout: MINUTE,
+        partition: "p00".into(),
+        pool: "tests".into(),
+        limits: Default::default(),
+    };
     let event = Event::new(id, "/tests", "thing.done").and_then(|e| e.with_json(b"{\"a\": 1}", Default::default()));
     Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
 }

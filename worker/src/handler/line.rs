@@ -136,7 +136,8 @@ mod tests {
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let timeout = Duration::from_secs(5);
-        let context = Context { attempt: 3, timeout, pool: "p".into(), limits: Default::default() };
+        let context =
+            Context { attempt: 3, timeout, partition: "p00".into(), pool: "p".into(), limits: Default::default() };
         Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
     }
 

@@ -13,7 +13,9 @@ impl Handler for Log {
             source = event.source(),
             r#type = event.kind(),
             key = %event.key(),
+            partition = &*call.context.partition,
             attempt = call.context.attempt,
+            trace_id = event.trace_id(),
             "event {} of {}",
             event.id(),
             event.kind()

@@ -52,6 +52,8 @@ pub struct Context {
     pub attempt: u32,
     /// How long the handler may take.
     pub timeout: Duration,
+    /// The queue that the event came from.
+    pub partition: Arc<str>,
     /// The pool; emitted events come from it.
     pub pool: Arc<str>,
     /// How large results and emitted events may be.
@@ -101,6 +103,8 @@ pub struct Reply {
     pub(crate) later: Vec<(Duration, Event)>,
     /// It only looked on: a process that asks for a step is not answered.
     pub(crate) looked_on: bool,
+    /// Its route's filter took it for done.
+    pub(crate) filtered: bool,
     /// What becomes of the state that the call was given.
     pub(crate) change: Option<Change>,
 }
@@ -167,7 +171,7 @@ pub fn build(
         return Ok(handler);
     }
     let condition = route.condition.clone();
-    Ok(Arc::new(filtered::Filtered { route: route.on.as_str().into(), condition, transform, inner: handler }))
+    Ok(Arc::new(filtered::Filtered { condition, transform, inner: handler }))
 }
 
 impl Call {

@@ -108,7 +108,8 @@ mod tests {
     {
         let event = Event::new("1", "/tests", "a.b").expect("valid");
         let timeout = Duration::from_millis(50);
-        let context = Context { attempt: 1, timeout, pool: "p".into(), limits: Limits::default() };
+        let context =
+            Context { attempt: 1, timeout, partition: "p00".into(), pool: "p".into(), limits: Limits::default() };
         Rust::new(function).handle(Call { event, context, entry: Default::default(), kept: None }).await
     }
 

@@ -5,6 +5,7 @@ use crate::fault;
 use crate::job::Job;
 use crate::metrics::{self, names};
 use crate::store::{Left, Row, StoreError};
+use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -17,7 +18,6 @@ impl Pipeline {
     pub(super) fn arrived(&mut self, arrivals: Vec<Arrival>) {
         let Some(first) = arrivals.first() else { return };
         let epoch = first.ticket.epoch();
-        metrics::count_by(names::RECEIVED, "lane", first.ticket.place().lane_name.clone(), arrivals.len() as u64);
         if self.draining {
             return;
         }
@@ -74,12 +74,13 @@ impl Pipeline {
     pub(super) fn admit(&mut self, arrivals: Vec<Arrival>) {
         let since = Instant::now();
         let (now, monotonic) = (now_ms(), millis(since.duration_since(self.started)));
-        for Arrival { ticket, redelivered, content } in arrivals {
+        for Arrival { ticket, redelivered, content, born } in arrivals {
             fault::point("received");
             let id = self.next;
             self.next += 1;
             let incoming = match content {
                 Err(message) => {
+                    self.meters.of(ticket.place().lane, None).received.increment(1);
                     self.jobs.insert(id, Job::of_message(ticket, redelivered, message, since));
                     self.fact(id, Fact::Unreadable);
                     continue;
@@ -92,7 +93,8 @@ impl Pipeline {
             let route = self.parts.routes.of(&incoming.event);
             let (lane, priority, attempt, due) =
                 (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
-            let job = Job::of_event(ticket, redelivered, incoming, route, since);
+            self.meters.of(lane, route).received.increment(1);
+            let job = Job { born, ..Job::of_event(ticket, redelivered, incoming, route, since) };
             let key = self.hasher.hash_one(job.turn());
             self.jobs.insert(id, job);
             let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
@@ -132,12 +134,13 @@ impl Pipeline {
     /// Lets go of an epoch's deliveries that have not begun, or wait in place.
     fn give_back(&mut self, epoch: u64, why: Fact) {
         self.epochs.remove(&epoch);
-        let Self { schedule, jobs, places, .. } = self;
+        let Self { schedule, jobs, places, tide, .. } = self;
+        let mut drop = |jobs: &mut FxHashMap<Id, Job>, id| jobs.remove(&id).iter().for_each(|job| tide.left(job.since));
         for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {
-            jobs.remove(&id);
+            drop(jobs, id);
         }
         for (key, id) in places.discard(|id| jobs.get(&id).is_none_or(|job| job.ticket.epoch() == epoch)) {
-            jobs.remove(&id);
+            drop(jobs, id);
             schedule.finish(&key);
         }
         self.leave_holds(|job| job.ticket.epoch() == epoch, why);

@@ -8,13 +8,14 @@ mod intake;
 mod places;
 mod runs;
 mod stations;
+mod tide;
 
 use crate::config::Routes;
 use crate::consumer::{self, Arrival, Subscriptions};
 use crate::fault;
 use crate::handler::{self, Context, Handler};
 use crate::job::{House, Job, Mark, Place};
-use crate::metrics::{self, names};
+use crate::metrics::{self, Meters, names};
 use crate::outbox::Outbox;
 use crate::store::{Committed, Effect, Kept, Recorded, Row, Start, Store, StoreError};
 use futures_util::future::BoxFuture;
@@ -28,10 +29,12 @@ use std::hash::RandomState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use tide::{Level, Tide};
 use tokio::sync::{mpsc, oneshot, watch};
 use warren_publisher::Publisher;
 use warren_publisher::publish::Outcome as Published;
 use warren_shared::delivery::{self, Action, Company, Fact, Law};
+use warren_shared::load::Count;
 use warren_shared::schedule::Schedule;
 
 type Id = u64;
@@ -66,6 +69,8 @@ pub enum Order {
     Drain(oneshot::Sender<()>),
     /// End what still runs, uncounted.
     Interrupt,
+    /// Say what was counted; the backlog in it is what is here.
+    Count(oneshot::Sender<Count>),
 }
 
 /// What the loop is made of.
@@ -134,6 +139,8 @@ pub(crate) struct Pipeline {
     drained: Option<oneshot::Sender<()>>,
     draining: bool,
     warned_anonymous: bool,
+    meters: Meters,
+    tide: Tide,
     started: Instant,
 }
 
@@ -150,6 +157,7 @@ pub(crate) fn start(parts: Parts) -> Running {
     let (give, orders) = mpsc::unbounded_channel();
     let weights: Vec<u32> = parts.house.topology.lanes.iter().map(|lane| lane.weight).collect();
     let places = Places::new(parts.routes.iter().map(|route| route.concurrency), &weights);
+    let (meters, started) = (Meters::new(&parts.house.topology.lanes, &parts.routes), Instant::now());
     let pipeline = Pipeline {
         parts,
         places,
@@ -175,7 +183,9 @@ pub(crate) fn start(parts: Parts) -> Running {
         drained: None,
         draining: false,
         warned_anonymous: false,
-        started: Instant::now(),
+        meters,
+        tide: Tide::new(started),
+        started,
     };
     tokio::spawn(pipeline.run());
     Running { news, orders: give }
@@ -210,6 +220,7 @@ impl Pipeline {
                 self.arrive(news);
             }
             self.advance();
+            self.tide.flow(self.level());
             if self.draining
                 && self.jobs.is_empty()
                 && self.quiet()
@@ -232,6 +243,10 @@ impl Pipeline {
         match order {
             Order::Drain(tell) => self.drain(tell),
             Order::Interrupt => self.interrupt(),
+            Order::Count(tell) => {
+                // Whoever asked may be gone.
+                let _ = tell.send(Count { backlog: self.jobs.len() as u64, ..self.tide.count() });
+            }
         }
     }
 
@@ -283,7 +298,10 @@ impl Pipeline {
     fn moved(&mut self, from: Place, to: Place) {
         self.ahead = self.ahead + usize::from(to == Place::Ahead) - usize::from(from == Place::Ahead);
         self.active = self.active + usize::from(to == Place::Active) - usize::from(from == Place::Active);
-        self.pace += usize::from(from == Place::Active && to == Place::Elsewhere);
+        if from == Place::Active && to == Place::Elsewhere {
+            self.pace += 1;
+            self.tide.called();
+        }
     }
 
     fn perform(&mut self, id: Id, action: Action) {
@@ -329,6 +347,7 @@ impl Pipeline {
 
     fn remove(&mut self, id: Id) -> Option<Job> {
         let job = self.jobs.remove(&id)?;
+        self.tide.left(job.since);
         self.moved(job.place(), Place::Elsewhere);
         if job.holds_place() {
             self.places.leave(job.route());
@@ -383,13 +402,23 @@ impl Pipeline {
         }
     }
 
+    fn level(&self) -> Level {
+        let waiting = self.schedule.waiting() + self.places.waiting() + self.ready.len();
+        Level { present: self.jobs.len(), active: self.active, waiting }
+    }
+
     fn gauge(&self) {
         self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
         self.parts.pulse.running.store(self.active, Ordering::Relaxed);
-        metrics::set(names::RUNNING, self.active);
-        metrics::set(names::WAITING, self.schedule.waiting() + self.places.waiting());
-        metrics::set(names::OUTBOX, self.parts.outbox.pending());
-        metrics::set(names::CONSUMING, self.parts.subscriptions.consuming());
+        let level = self.level();
+        metrics::set(names::RUNNING, level.active as f64);
+        metrics::set(names::WAITING, level.waiting as f64);
+        metrics::set(names::OUTBOX, self.parts.outbox.pending() as f64);
+        metrics::set(names::OUTBOX_AGE, self.parts.outbox.age().as_secs_f64());
+        metrics::set(names::CONSUMING, self.parts.subscriptions.consuming() as f64);
+        let mut inside = vec![0_u32; self.meters.lanes().len()];
+        self.jobs.values().for_each(|job| inside[job.ticket.place().lane] += 1);
+        self.meters.lanes().iter().zip(inside).for_each(|(lane, n)| lane.in_flight.set(n));
         if let Some(oldest) = self.jobs.values().map(Job::age).max().filter(|age| *age > Duration::from_secs(60)) {
             tracing::debug!(?oldest, jobs = self.jobs.len(), "the oldest delivery here");
         }

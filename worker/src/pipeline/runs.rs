@@ -4,10 +4,11 @@ use super::{Id, News, Pipeline, chance};
 use crate::fault;
 use crate::handler::{self, Call, Context};
 use crate::job::Mark;
-use crate::metrics::{self, names};
 use crate::store::{Kept, Start};
+use crate::trace::{self, Span};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use metrics::Histogram;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use warren_shared::delivery::{Action, Fact, State};
@@ -20,6 +21,8 @@ const BRIEF: Duration = Duration::from_micros(500);
 pub(super) struct Started {
     id: Id,
     call: BoxFuture<'static, handler::Outcome>,
+    seconds: Histogram,
+    span: Span,
 }
 
 impl Started {
@@ -34,7 +37,8 @@ impl Started {
             _ = interrupted.wait_for(|interrupted| *interrupted) => handler::Outcome::Interrupted,
             outcome = &mut self.call => outcome,
         };
-        metrics::observe(names::HANDLER_SECONDS, since.elapsed().as_secs_f64());
+        self.seconds.record(since.elapsed().as_secs_f64());
+        self.span.end(&outcome);
         let _ = tell.send(News::Handled(vec![(self.id, outcome)]));
     }
 }
@@ -49,10 +53,18 @@ impl Pipeline {
         let (Some(route), Some(handler)) = (self.parts.routes.get(place), self.parts.handlers.get(place)) else {
             return;
         };
-        let context = Context { attempt: run.attempt, timeout: route.timeout, ..self.parts.context.clone() };
+        let partition = job.ticket.place().queue.clone();
+        let context = Context { attempt: run.attempt, timeout: route.timeout, partition, ..self.parts.context.clone() };
+        let (event, span) = trace::begin(event, &context);
         let kept = job.kept.clone();
         let call = handler.handle(Call { event, context, entry: job.entry(), kept });
-        self.calls.push(Started { id, call });
+        let lane = job.ticket.place().lane;
+        if run.attempt == 1
+            && let Some(age) = job.lag()
+        {
+            self.meters.lane(lane).wait.record(age);
+        }
+        self.calls.push(Started { id, call, seconds: self.meters.of(lane, Some(place)).seconds.clone(), span });
     }
 
     /// Runs what was launched in this turn. One task polls each call once; only what does not end at once, or comes
@@ -65,7 +77,7 @@ impl Pipeline {
         let interrupted = self.interrupted.subscribe();
         tokio::spawn(async move {
             let (begun, mut ended) = (Instant::now(), Vec::with_capacity(calls.len()));
-            let (mut now, seconds) = (begun, metrics::histogram(names::HANDLER_SECONDS));
+            let mut now = begun;
             let alone = |call: Started, since| drop(tokio::spawn(call.alone(since, tell.clone(), interrupted.clone())));
             while now - begun < BRIEF
                 && let Some(mut started) = calls.next()
@@ -75,7 +87,8 @@ impl Pipeline {
                 now = Instant::now();
                 match outcome {
                     Some(outcome) => {
-                        seconds.record((now - since).as_secs_f64());
+                        started.seconds.record((now - since).as_secs_f64());
+                        started.span.end(&outcome);
                         ended.push((started.id, outcome));
                     }
                     None => alone(started, since),
@@ -119,11 +132,15 @@ impl Pipeline {
         self.fact(id, fact);
         let Some(job) = self.jobs.get(&id) else { return };
         if let (Action::Park { after, .. } | Action::Hold(_, after), Some(event)) = (job.state.action(), job.event()) {
-            metrics::count(names::RETRIED, 1);
+            self.meters.of(job.ticket.place().lane, job.route()).retried.increment(1);
             let error: String = job.error.chars().take(200).collect();
             tracing::info!(
                 id = event.id(),
                 r#type = event.kind(),
+                key = %event.key(),
+                partition = &*job.ticket.place().queue,
+                attempt = job.attempt(),
+                trace_id = event.trace_id(),
                 error,
                 "event '{}' failed, next attempt in {after:.1?}",
                 event.id()

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_publisher::publish::Outcome as Published;
 use warren_shared::delivery::{self, Action, Fact, State};
-use warren_shared::{Identity, Message};
+use warren_shared::{Event, Identity, Message};
 
 /// Where work gathers for a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Pipeline {
             return if job.ticket.may_begin() { self.ready.push_back(id) } else { self.fact(id, Fact::Gone) };
         };
         job.proof = Some(Proof::Committed(proof));
-        metrics::count(names::DUPLICATES, 1);
+        self.duplicate(id);
         self.known(id, Fact::Known);
     }
 
@@ -91,16 +91,14 @@ impl Pipeline {
         answer: Result<Vec<Recorded>, StoreError>,
     ) {
         fault::point("after-commit");
-        metrics::observe(names::COMMIT_SECONDS, since.elapsed().as_secs_f64());
-        metrics::observe(names::COMMIT_EVENTS, ids.len() as f64);
+        self.meters.commit_seconds.record(since.elapsed().as_secs_f64());
+        self.meters.commit_events.record(ids.len() as f64);
         let effects = Arc::try_unwrap(effects).unwrap_or_else(|shared| (*shared).clone());
         let mut relay = Vec::new();
         let ended = |(recorded, effect): (Recorded, Effect)| ended(recorded, &effect.partition, effect.out, &mut relay);
         let answer = answer.map(|all| all.into_iter().zip(effects).map(ended).collect());
         self.relay(relay);
-        let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
-        self.answered(Station::Commit, ids, answer, |s, id, ended| s.settle(id, ended, &mut handled));
-        self.count(&handled);
+        self.answered(Station::Commit, ids, answer, Self::settle);
     }
 
     /// The handler's transaction recorded it.
@@ -110,9 +108,7 @@ impl Pipeline {
         let mut relay = Vec::new();
         let ended = ended(recorded, &job.ticket.place().queue, out, &mut relay);
         self.relay(relay);
-        let mut handled = vec![0; self.parts.house.topology.lanes.iter().count()];
-        self.settle(id, ended, &mut handled);
-        self.count(&handled);
+        self.settle(id, ended);
     }
 
     /// Before any ack: a hand-over that sees the last one waits for these rows.
@@ -122,27 +118,27 @@ impl Pipeline {
         }
     }
 
-    fn settle(&mut self, id: Id, (proof, fact): (Option<Committed>, Fact), handled: &mut [u64]) {
+    fn settle(&mut self, id: Id, (proof, fact): (Option<Committed>, Fact)) {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.proof = proof.map(Proof::Committed);
             job.kept = None;
         }
         match fact {
             Fact::Committed => {
-                self.tally(id, handled);
+                self.tally(id);
                 self.fact(id, fact);
             }
             Fact::Superseded => {
-                metrics::count(names::DUPLICATES, 1);
+                self.duplicate(id);
                 self.known(id, fact);
             }
             _ => self.fact(id, fact),
         }
     }
 
-    fn count(&self, handled: &[u64]) {
-        for (lane, count) in self.parts.house.topology.lanes.iter().zip(handled).filter(|(_, count)| **count > 0) {
-            metrics::count_by(names::HANDLED, "lane", lane.name.clone(), *count);
+    fn duplicate(&self, id: Id) {
+        if let Some(job) = self.jobs.get(&id) {
+            self.meters.of(job.ticket.place().lane, job.route()).duplicates.increment(1);
         }
     }
 
@@ -176,19 +172,29 @@ impl Pipeline {
     }
 
     /// Counts a recorded outcome; logs a death.
-    pub(super) fn tally(&self, id: Id, handled: &mut [u64]) {
+    pub(super) fn tally(&self, id: Id) {
         let Some(job) = self.jobs.get(&id) else { return };
+        let lane = job.ticket.place().lane;
+        if let Some(lag) = job.lag() {
+            self.meters.lane(lane).end_to_end.record(lag);
+        }
         match job.state.action() {
             Action::CommitDead(doom) => {
                 let cause = job.cause(doom, self.handler_name(job));
                 self.buried(job, cause.reason, &cause.error, cause.attempts);
             }
-            _ => handled[job.ticket.place().lane] += 1,
+            _ => {
+                let meters = self.meters.of(lane, job.route());
+                meters.handled.increment(1);
+                if job.reply.filtered {
+                    meters.filtered.increment(1);
+                }
+            }
         }
     }
 
     pub(super) fn buried(&self, job: &Job, reason: &'static str, error: &str, attempts: u32) {
-        metrics::count_by(names::DEAD, "reason", reason, 1);
+        self.meters.dead(job.ticket.place().lane, job.route(), reason);
         let (id, kind, key) = match job.event() {
             Some(event) => (event.id(), event.kind(), event.key()),
             // What could not be read may still have brought a message id.
@@ -203,7 +209,18 @@ impl Pipeline {
             },
         };
         let error: String = error.chars().take(200).collect();
-        tracing::warn!(id, r#type = kind, %key, reason, attempts, error, "dead-lettered event '{id}': {reason}");
+        let (partition, trace_id) = (&*job.ticket.place().queue, job.event().and_then(Event::trace_id));
+        tracing::warn!(
+            id,
+            r#type = kind,
+            %key,
+            partition,
+            reason,
+            attempts,
+            trace_id,
+            error,
+            "dead-lettered event '{id}': {reason}"
+        );
     }
 
     pub(super) fn published(&mut self, ids: Vec<Id>, outcomes: Vec<Published>) {

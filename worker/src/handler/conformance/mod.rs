@@ -209,7 +209,8 @@ fn call(id: &str, script: &str) -> Call {
 
 fn call_of(event: Event, script: &str) -> Call {
     let event = event.with("script", script.into()).expect("a script is a text");
-    let context = Context { attempt: 1, timeout: MINUTE, pool: "tests".into(), limits: LIMITS };
+    let context =
+        Context { attempt: 1, timeout: MINUTE, partition: "p00".into(), pool: "tests".into(), limits: LIMITS };
     Call { event, context, entry: Default::default(), kept: None }
 }
 

@@ -1,0 +1,105 @@
+//! How busy this worker is: asks the loop and the broker every few seconds, and sets the gauges that an operator and an
+//! autoscaler read.
+use crate::admin::Vitals;
+use crate::metrics::{self, names};
+use crate::pipeline::Order as Command;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
+use warren_publisher::publish::Health;
+use warren_shared::load::{Count, Load, Window};
+use warren_shared::topology::Topology;
+
+/// How often the broker is asked for depths.
+const LOOK: u32 = 5;
+/// How long it may take.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// What is looked at.
+pub(crate) struct Gauges {
+    pub(crate) vitals: Vitals,
+    pub(crate) orders: mpsc::UnboundedSender<Command>,
+    /// The dead and the unrouted queue.
+    pub(crate) nets: [String; 2],
+    pub(crate) window: Window,
+}
+
+impl Gauges {
+    pub(crate) fn new(
+        vitals: Vitals,
+        orders: mpsc::UnboundedSender<Command>,
+        topology: &Topology,
+        capacity: usize,
+        work_off: Duration,
+    ) -> Self {
+        metrics::set(names::CAPACITY, capacity as f64);
+        let window = Window::new(capacity, work_off.as_secs_f64());
+        Self { vitals, orders, nets: [topology.dead(), topology.unrouted()], window }
+    }
+
+    /// Until the loop has ended.
+    pub(crate) async fn watch(mut self) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut served, mut turn) = (Arc::default(), 0_u32);
+        loop {
+            tick.tick().await;
+            self.look();
+            turn += 1;
+            if !turn.is_multiple_of(LOOK) {
+                continue;
+            }
+            let owned = self.vitals.seats.owned();
+            // Their backlog is no arrival.
+            if std::mem::replace(&mut served, owned.clone()) != owned {
+                self.window.restart();
+            }
+            let Ok(depths) = tokio::time::timeout(ANSWER, self.depths(&owned)).await else { continue };
+            let Some(ready) = depths else { continue };
+            let (tell, told) = oneshot::channel();
+            let _ = self.orders.send(Command::Count(tell));
+            let Ok(count) = told.await else { return };
+            set(&self.window.count(Count { backlog: count.backlog + ready, ..count }));
+        }
+    }
+
+    /// What the process knows by itself.
+    fn look(&self) {
+        let Vitals { subscriptions, publisher, draining, .. } = &self.vitals;
+        metrics::count(names::BLOCKED, u64::from(*publisher.borrow() != Health::Open));
+        metrics::set(names::DRAINING, f64::from(u8::from(draining.load(Ordering::Relaxed))));
+        metrics::set(names::PROVED, subscriptions.proved() as f64 / 1000.0);
+    }
+
+    /// What is ready in the queues that this worker serves. Those that several serve are shared out among their consumers.
+    async fn depths(&self, owned: &[String]) -> Option<u64> {
+        let queues = [owned, &self.nets].concat();
+        let depths = match self.vitals.subscriptions.depths(&queues).await {
+            Ok(depths) => depths,
+            Err(error) => {
+                tracing::debug!(%error, "the queues' depths cannot be had now");
+                return None;
+            }
+        };
+        let depth = |n: usize| depths.get(n).copied().flatten().unwrap_or_default();
+        metrics::set(names::DEAD_LETTERS, f64::from(depth(owned.len()).ready));
+        metrics::set(names::UNROUTED, f64::from(depth(owned.len() + 1).ready));
+        let shares = if self.vitals.seats.are_shared() { |consumers: u32| consumers.max(1) } else { |_| 1 };
+        Some((0..owned.len()).map(|n| u64::from(depth(n).ready / shares(depth(n).consumers))).sum())
+    }
+}
+
+fn set(load: &Load) {
+    let Load { arrivals, departures: _, service, rate, stay, inside, utilization, backlog, work, wanted } = *load;
+    metrics::set(names::BACKLOG, backlog);
+    metrics::set(names::ARRIVALS, arrivals);
+    metrics::set(names::RATE, rate);
+    metrics::set(names::SERVICE, service);
+    metrics::set(names::STAY, stay);
+    metrics::set(names::INSIDE, inside);
+    metrics::set(names::UTILIZATION, utilization);
+    metrics::set(names::WORK, work);
+    metrics::set(names::WANTED, wanted);
+}
