@@ -205,19 +205,25 @@ pub fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
+/// The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: what begins so is never logged.
+const SILENT: [&str; 5] = ["lapin", "amq_protocol", "async_rs", "tokio_postgres", "deadpool"];
+
 fn log(settings: &Settings) {
-    use tracing_subscriber::{EnvFilter, fmt};
-    // The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: no filter may turn that on.
+    use tracing_subscriber::filter::filter_fn;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+    use tracing_subscriber::{EnvFilter, fmt, registry};
     let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
-    let silent = ["lapin=off", "amq_protocol=off", "async_rs=off", "tokio_postgres=off", "deadpool_postgres=off"];
-    let filter = silent.iter().filter_map(|d| d.parse().ok()).fold(filter, EnvFilter::add_directive);
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Not as directives, of which the most special one holds: `lapin::channel=trace` would be heard.
+    let told = filter_fn(|metadata| !SILENT.iter().any(|silent| metadata.target().starts_with(silent)));
+    let registry = registry().with(filter).with(told);
+    let layer = fmt::layer().with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
     let _ = match settings.log_format {
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init(),
         LogFormat::Text => {
             let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            builder.with_target(false).with_ansi(ansi).try_init()
+            registry.with(layer.with_target(false).with_ansi(ansi)).try_init()
         }
     };
 }
