@@ -1,31 +1,59 @@
 //! The connection: reached with back-off, watched for blocks, its refusals translated into causes with cures.
+use crate::secrets::Complaints;
 use crate::sieve;
+use crate::tls::{self, Card, Fault, Unfit};
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
-use lapin::uri::AMQPUri;
+use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 use lapin::{Connection, ConnectionProperties, Error, ErrorKind};
+use rustls::client::WebPkiServerVerifier;
+use rustls::sign::CertifiedKey;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
-use warren_shared::env::Secret;
+use warren_shared::amqp::{Amqp, Node};
+use warren_shared::env::{Mistake, Secret};
 
 /// Why there is no connection. The message names the cure.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// `AMQP_URL` is no URL.
-    #[error("AMQP_URL is not a URL of the form amqp://user:password@host:port/vhost: {0}")]
-    Url(String),
+    /// `AMQP_URL`, or a part beside it, cannot be used.
+    #[error("{0}")]
+    Settings(String),
     /// Nobody answers.
-    #[error("no broker answers at {address} ({cause}): start it, or correct AMQP_URL")]
+    #[error("no broker answers at {address} ({cause}): start it, or correct AMQP_URL (AMQP_HOST, AMQP_PORT)")]
     Unreachable {
         /// Host and port.
         address: String,
         /// What the operating system said.
         cause: String,
     },
+    /// TLS ended where it must: nothing was sent.
+    #[error("no trust between us and the broker at {address} ({problem}): {cure}")]
+    Tls {
+        /// Host and port.
+        address: String,
+        /// What is wrong.
+        problem: String,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// The broker does not take our certificate for a login.
+    #[error(
+        "the broker at {address} takes no login by certificate ({cause}): enable rabbitmq_auth_mechanism_ssl and EXTERNAL \
+         there, and create the user that the certificate names"
+    )]
+    External {
+        /// Host and port.
+        address: String,
+        /// What the broker said.
+        cause: String,
+    },
     /// Wrong user or password.
-    #[error("the broker at {address} refuses user '{user}': correct user and password in AMQP_URL")]
+    #[error(
+        "the broker at {address} refuses user '{user}': correct user and password (AMQP_URL, or AMQP_USER and AMQP_PASSWORD)"
+    )]
     Credentials {
         /// Host and port.
         address: String,
@@ -34,7 +62,7 @@ pub enum BrokerError {
     },
     /// No such vhost, or no permission for it.
     #[error(
-        "the broker refuses vhost '{vhost}' ({cause}): create it and grant user '{user}' access, or correct AMQP_URL"
+        "the broker refuses vhost '{vhost}' ({cause}): create it and grant user '{user}' access, or correct AMQP_URL (AMQP_VHOST)"
     )]
     Vhost {
         /// The vhost.
@@ -79,10 +107,113 @@ fn interval(heartbeat: u16) -> u16 {
 /// How to reach the broker.
 #[derive(Clone, Debug)]
 pub struct Broker {
-    url: Secret,
+    present: Arc<Mutex<Present>>,
     name: String,
     nodes: Arc<Nodes>,
 }
+
+/// The settings as they were good last.
+#[derive(Debug)]
+struct Present {
+    amqp: Amqp,
+    complaints: Complaints,
+}
+
+/// Settings that can be connected with.
+struct Ready {
+    uris: Vec<AMQPUri>,
+    verifier: Option<Arc<WebPkiServerVerifier>>,
+    identity: Option<Arc<CertifiedKey>>,
+}
+
+/// What in these settings cannot be used: certificates too, which only this crate reads.
+#[must_use]
+pub fn mistakes(amqp: &Amqp) -> Vec<Mistake> {
+    ready(amqp).err().unwrap_or_default()
+}
+
+fn ready(amqp: &Amqp) -> Result<Ready, Vec<Mistake>> {
+    let mut mistakes = amqp.mistakes();
+    if !mistakes.is_empty() {
+        return Err(mistakes);
+    }
+    let wrong = |secret: &Option<Secret>, name: &str, why: String| Mistake {
+        variable: secret.as_ref().map_or_else(|| name.to_owned(), |s| s.variable(name)),
+        problem: format!("cannot be used: {why}"),
+    };
+    let uris: Vec<Option<AMQPUri>> = amqp.nodes().into_iter().map(|node| uri(amqp, node)).collect();
+    let uris = uris.into_iter().collect::<Option<Vec<_>>>();
+    if uris.is_none() {
+        // The parser's error may hold the URL, and with it the password.
+        let problem = "is not a URL of the form amqp://user:password@host:port/vhost: it cannot be parsed";
+        mistakes.push(Mistake { variable: amqp.url.variable("AMQP_URL"), problem: problem.into() });
+    }
+    let in_tls = uris.iter().flatten().any(|uri| uri.scheme == AMQPScheme::AMQPS);
+    let pem = |secret: &Option<Secret>| secret.as_ref().map(|s| s.reveal().as_bytes().to_vec());
+    let verifier = in_tls.then(|| tls::verifier(pem(&amqp.ca).as_deref())).transpose();
+    let verifier = verifier.map_err(|why| mistakes.push(wrong(&amqp.ca, "AMQP_CA", why))).ok();
+    let pair = pem(&amqp.cert).zip(pem(&amqp.key));
+    let identity = pair.map(|(cert, key)| tls::identity(&cert, &key)).transpose();
+    let identity = identity.map_err(|unfit| {
+        mistakes.push(match unfit {
+            Unfit::Certificate(why) => wrong(&amqp.cert, "AMQP_CERT", why),
+            Unfit::Key(why) => wrong(&amqp.key, "AMQP_KEY", why),
+        });
+    });
+    match (uris, verifier, identity) {
+        (Some(uris), Some(verifier), Ok(identity)) => Ok(Ready { uris, verifier, identity }),
+        _ => Err(mistakes),
+    }
+}
+
+/// A node's URL with the single parts in their places.
+fn uri(amqp: &Amqp, (url, host): Node<'_>) -> Option<AMQPUri> {
+    let mut uri: AMQPUri = url.parse().ok()?;
+    // The parser takes an IPv6 address for no host, and no host for this machine.
+    let address = url.split_once("://")?.1.split(['/', '?']).next()?.rsplit('@').next()?;
+    if let Some((address, _)) = address.strip_prefix('[').and_then(|address| address.split_once(']')) {
+        uri.authority.host = address.to_owned();
+    }
+    uri.authority.host = host.map_or(uri.authority.host, str::to_owned);
+    uri.authority.port = amqp.port.unwrap_or(uri.authority.port);
+    uri.vhost = amqp.vhost.clone().unwrap_or(uri.vhost);
+    let login = &mut uri.authority.userinfo;
+    for (part, secret) in [(&mut login.username, &amqp.user), (&mut login.password, &amqp.password)] {
+        if let Some(secret) = secret {
+            *part = secret.reveal().to_owned();
+        }
+    }
+    uri.query.heartbeat = Some(interval(uri.query.heartbeat.unwrap_or(HEARTBEAT)));
+    uri.query.connection_timeout.get_or_insert(5000);
+    Some(uri)
+}
+
+impl Present {
+    /// What is in the files now; where that cannot be used, what could be used last.
+    fn renew(&mut self) -> Result<Ready, BrokerError> {
+        let mut next = self.amqp.clone();
+        next.secrets().for_each(|secret| self.complaints.renew(secret));
+        let ready = match ready(&next) {
+            Ok(now) => {
+                self.complaints.settle(TOGETHER);
+                self.amqp = next;
+                Ok(now)
+            }
+            Err(wrong) if next != self.amqp => {
+                let wrong: Vec<String> = wrong.iter().map(ToString::to_string).collect();
+                self.complaints.say(TOGETHER, &wrong.join(", "));
+                ready(&self.amqp)
+            }
+            wrong => wrong,
+        };
+        ready.map_err(|wrong| {
+            BrokerError::Settings(wrong.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+        })
+    }
+}
+
+/// What is said to be wrong where the values do not go together.
+const TOGETHER: &str = "AMQP_*_FILE";
 
 /// Which of the listed nodes serves us. All connections of a process are to one node: where it is cut off from the others,
 /// the process is as a whole, and the fleet sees it.
@@ -114,23 +245,25 @@ impl Broker {
     /// The broker at a URL, or at several of one cluster with commas between them; `name` is shown in the broker's list of
     /// connections.
     #[must_use]
-    pub fn new(url: Secret, name: impl Into<String>) -> Self {
+    pub fn new(amqp: impl Into<Amqp>, name: impl Into<String>) -> Self {
         // The first is chosen by chance, so that a fleet spreads over a cluster. Half the range never overflows.
         let turn = RandomState::new().hash_one(0) as usize / 2;
         let nodes = Nodes { turn: AtomicUsize::new(turn), given_up: watch::channel(turn).0 };
-        Self { url, name: name.into(), nodes: Arc::new(nodes) }
+        let present = Present { amqp: amqp.into(), complaints: Complaints::default() };
+        Self { present: Arc::new(Mutex::new(present)), name: name.into(), nodes: Arc::new(nodes) }
     }
 
-    /// Connects once, to the first node that answers: the one that serves us, or the next in the list.
+    /// Connects once, to the first node that answers: the one that serves us, or the next in the list. Secrets are read again
+    /// from their files before.
     ///
     /// # Errors
     /// Says why not, and what to do.
     pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
-        let urls: Vec<&str> = self.url.reveal().split(',').map(str::trim).collect();
+        let ready = self.present.lock().unwrap_or_else(PoisonError::into_inner).renew()?;
         let mut why = BrokerError::Lost("no URL".into());
-        for _ in &urls {
+        for _ in &ready.uris {
             let turn = self.nodes.turn.load(Ordering::Acquire);
-            match self.connect_to(urls[turn % urls.len()], turn, purpose).await {
+            match self.connect_to(&ready, turn, purpose).await {
                 Ok(link) => return Ok(link),
                 Err(error) => {
                     self.nodes.leave(turn);
@@ -141,17 +274,21 @@ impl Broker {
         Err(why)
     }
 
-    async fn connect_to(&self, url: &str, turn: usize, purpose: &str) -> Result<Link, BrokerError> {
-        // The parser's error may hold the URL, and with it the password.
-        let mut uri: AMQPUri = url.parse().map_err(|_| BrokerError::Url("it cannot be parsed".into()))?;
-        uri.query.heartbeat = Some(interval(uri.query.heartbeat.unwrap_or(HEARTBEAT)));
-        uri.query.connection_timeout.get_or_insert(5000);
+    async fn connect_to(&self, ready: &Ready, turn: usize, purpose: &str) -> Result<Link, BrokerError> {
+        let uri = &ready.uris[turn % ready.uris.len()];
         let name = format!("{} ({purpose})", self.name);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
+        let card = Card::new(ready.identity.clone());
+        let tls = match &ready.verifier {
+            Some(verifier) if uri.scheme == AMQPScheme::AMQPS => {
+                Some(tls::client(verifier.clone(), card.clone()).map_err(BrokerError::Settings)?)
+            }
+            _ => None,
+        };
         // The library bounds the TCP connection, not what follows: whatever accepts and says nothing would hold us for ever.
-        let connecting = tokio::time::timeout(HANDSHAKE, sieve::connect(uri.clone(), properties));
+        let connecting = tokio::time::timeout(HANDSHAKE, sieve::connect(uri.clone(), properties, tls));
         let connection = match connecting.await {
-            Ok(connected) => connected.map_err(|error| refusal(&uri, &error))?,
+            Ok(connected) => connected.map_err(|error| refusal(uri, &error, &card))?,
             Err(_) => {
                 let address = format!("{}:{}", uri.authority.host, uri.authority.port);
                 let cause = format!("it accepts the connection and does not answer within {HANDSHAKE:?}");
@@ -267,17 +404,32 @@ async fn close(connection: &Connection) {
     let _ = tokio::time::timeout(Duration::from_secs(2), connection.close(200, "done".into())).await;
 }
 
-fn refusal(uri: &AMQPUri, error: &Error) -> BrokerError {
+fn refusal(uri: &AMQPUri, error: &Error, card: &Card) -> BrokerError {
     let address = format!("{}:{}", uri.authority.host, uri.authority.port);
     let user = uri.authority.userinfo.username.clone();
+    let external = uri.query.auth_mechanism == Some(SASLMechanism::External);
     match error.kind() {
         ErrorKind::ProtocolError(amqp) => match amqp.kind() {
+            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) if external => {
+                BrokerError::External { address, cause: describe(error) }
+            }
             AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => BrokerError::Credentials { address, user },
             AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::INVALIDPATH) => {
                 BrokerError::Vhost { vhost: uri.vhost.clone(), user, cause: amqp.get_message().to_string() }
             }
             _ => BrokerError::Lost(describe(error)),
         },
+        ErrorKind::IOError(io) => {
+            if let Some((fault, problem)) = Fault::of(&**io) {
+                return BrokerError::Tls { address, problem, cure: fault.cure_of_broker() };
+            }
+            if card.was_missed() {
+                // It says so before it closes the connection, which may be faster than its words.
+                let problem = "it asks for our certificate and ends the connection without one".into();
+                return BrokerError::Tls { address, problem, cure: Fault::Unknown.cure_of_broker() };
+            }
+            BrokerError::Unreachable { address, cause: describe(error) }
+        }
         // Older brokers drop the connection where the password is wrong; all else that fails here is the way there.
         _ => BrokerError::Unreachable { address, cause: describe(error) },
     }
@@ -300,6 +452,7 @@ pub fn describe(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use warren_shared::env::Settings;
 
     #[test]
     fn a_node_is_left_once_however_many_connections_it_had() {
@@ -310,6 +463,51 @@ mod tests {
         // Of the node that serves now nobody complained.
         nodes.leave(6);
         assert_eq!(nodes.turn.load(Ordering::Acquire), 8);
+    }
+
+    fn reached(pairs: &[(&str, &str)]) -> Vec<AMQPUri> {
+        let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        ready(&Settings::read(&map).expect("valid").amqp).expect("ready").uris
+    }
+
+    #[test]
+    fn each_part_stands_in_its_place_whatever_it_holds() {
+        let password = "p@ss/w:ord%2f?#[]ü \u{1F511}";
+        let parts = [
+            ("AMQP_URL", "amqp://old:secret@elsewhere:1/old?heartbeat=3"),
+            ("AMQP_HOST", "one,fd00::2"),
+            ("AMQP_PORT", "6000"),
+            ("AMQP_VHOST", "/shop%2f"),
+            ("AMQP_USER", "sh:op"),
+            ("AMQP_PASSWORD", password),
+        ];
+        let uris = reached(&parts);
+        let hosts: Vec<_> = uris.iter().map(|uri| uri.authority.host.as_str()).collect();
+        assert_eq!(hosts, ["one", "fd00::2"]);
+        for uri in uris {
+            let login = &uri.authority.userinfo;
+            assert_eq!((login.username.as_str(), login.password.as_str()), ("sh:op", password));
+            assert_eq!((uri.authority.port, uri.vhost.as_str(), uri.query.heartbeat), (6000, "/shop%2f", Some(2)));
+        }
+        let whole = reached(&[("AMQP_URL", "amqps://a%40b:%2f%3a@[::1]:7/%2f, amqp://host")]);
+        let host = |n: usize| (whole[n].authority.host.as_str(), whole[n].authority.port, whole[n].vhost.as_str());
+        assert_eq!((host(0), host(1)), (("::1", 7, "/"), ("host", 5672, "/")));
+        assert_eq!(whole[0].authority.userinfo.username, "a@b");
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_a_mistake_by_name_and_holds_no_secret() {
+        let wrong = |pairs: &[(&str, &str)]| {
+            let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            mistakes(&Settings::read(&map).expect("read").amqp).iter().map(ToString::to_string).collect::<String>()
+        };
+        let tls =
+            [("AMQP_URL", "amqps://me:hunter2@host"), ("AMQP_CA", "hunter2"), ("AMQP_CERT", "x"), ("AMQP_KEY", "y")];
+        let said = wrong(&tls);
+        assert!(said.contains("AMQP_CA: cannot be used: it holds") && said.contains("AMQP_CERT: cannot"), "{said}");
+        let said = said + &wrong(&[("AMQP_URL", "amqp://me:hunter2@host:hunter2/")]);
+        assert!(said.contains("AMQP_URL: is not a URL") && !said.contains("hunter2"), "{said}");
+        assert_eq!(wrong(&[]), "");
     }
 
     #[test]

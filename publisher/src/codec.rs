@@ -16,6 +16,9 @@ pub enum Unwritable {
     /// All headers must fit in one frame.
     #[error("the headers have about {0} bytes, at most {1} fit in a frame")]
     Headers(usize, usize),
+    /// Its payload came sealed, and would leave in plain.
+    #[error("its payload is to be sealed, which cannot be done ({0}): it stays here")]
+    Unsealed(&'static str),
 }
 
 /// The most bytes of headers that a frame of this size holds beside the other properties (five short strings and less);

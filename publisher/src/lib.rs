@@ -12,8 +12,12 @@ pub mod postgres;
 pub mod process;
 pub mod publish;
 pub mod relay;
+pub mod seal;
+mod secrets;
 pub mod send;
 mod sieve;
+mod tls;
 
 pub use broker::{Broker, BrokerError, Link};
 pub use publish::{Confirmed, Publisher, Refused};
+pub use seal::Seal;

@@ -124,7 +124,7 @@ fn main() -> ExitCode {
 }
 
 async fn declare_bus(settings: &Settings) -> anyhow::Result<ExitCode> {
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-publisher declare");
+    let broker = Broker::new(settings.amqp.clone(), "warren-publisher declare");
     let link = broker.connect_within("declare", settings.connect_timeout).await?;
     let declared = declare::apply(&link, &Topology::bus()).await;
     link.close().await;

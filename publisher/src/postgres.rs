@@ -1,17 +1,17 @@
 //! The way to PostgreSQL: what a URL means, TLS, timeouts, and what each refusal asks for.
 //!
 //! Beside what PostgreSQL's own library reads, Warren always asks for a server that takes writes: of several hosts in the
-//! URL the one that is the primary.
+//! URL the one that is the primary. The URL, where it came from a file, and the files that it names are read again for each
+//! connection.
+use crate::secrets::Complaints;
+use crate::tls::{self, Card, Fault, Unfit};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme,
-};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, SignatureScheme};
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
@@ -52,9 +52,14 @@ impl PostgresError {
 
 /// A database that can be connected to.
 #[derive(Clone)]
-pub struct Postgres {
+pub struct Postgres(Arc<Mutex<Present>>);
+
+/// What the URL meant when it was good last.
+struct Present {
+    url: Secret,
     config: Config,
     tls: Tls,
+    complaints: Complaints,
 }
 
 impl std::fmt::Debug for Postgres {
@@ -62,6 +67,24 @@ impl std::fmt::Debug for Postgres {
         f.debug_tuple("Postgres").field(&self.at()).finish()
     }
 }
+
+impl Present {
+    /// What is in the files now; where that cannot be used, what could be used last.
+    fn renew(&mut self) -> (Config, Tls) {
+        let mut url = self.url.clone();
+        self.complaints.renew(&mut url);
+        match meaning(&url) {
+            Ok((config, tls)) => {
+                self.complaints.settle(DATABASE_URL);
+                (self.url, self.config, self.tls) = (url, config, tls);
+            }
+            Err(problem) => self.complaints.say(DATABASE_URL, &problem),
+        }
+        (self.config.clone(), self.tls.clone())
+    }
+}
+
+const DATABASE_URL: &str = "DATABASE_URL";
 
 impl Postgres {
     /// Reads `postgres://user:password@host:port/database` and the parameters `sslmode` (disable, prefer, require, verify-ca,
@@ -71,51 +94,9 @@ impl Postgres {
     /// # Errors
     /// What is wrong with it; nothing secret is part of that.
     pub fn parse(url: &Secret) -> Result<Self, String> {
-        let (base, query) = url.reveal().split_once('?').unwrap_or((url.reveal(), ""));
-        let (mut mode, mut root, mut certificate, mut key) = ("prefer".to_owned(), None, None, None);
-        let mut rest = String::new();
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = || decoded(value).ok_or_else(|| format!("has a parameter '{name}' that is not well encoded"));
-            match name {
-                "sslmode" => mode = value()?,
-                "sslrootcert" => root = Some(value()?),
-                "sslcert" => certificate = Some(value()?),
-                "sslkey" => key = Some(value()?),
-                _ => rest = format!("{rest}{}{pair}", if rest.is_empty() { "?" } else { "&" }),
-            }
-        }
-        let (asked, check) = match (mode.as_str(), &root) {
-            ("disable", _) => (SslMode::Disable, Check::Nothing),
-            ("prefer", _) => (SslMode::Prefer, Check::Nothing),
-            ("require", None) => (SslMode::Require, Check::Nothing),
-            ("require" | "verify-ca", _) => (SslMode::Require, Check::Issuer),
-            ("verify-full", _) => (SslMode::Require, Check::IssuerAndName),
-            _ => return Err("has an sslmode other than disable, prefer, require, verify-ca and verify-full".into()),
-        };
-        let form = "is not of the form postgres://user:password@host:5432/database";
-        let mut config: Config = format!("{base}{rest}").parse().map_err(|error: tokio_postgres::Error| {
-            let why = std::error::Error::source(&error).map(|cause| format!(" ({cause})")).unwrap_or_default();
-            format!("{form}{why}")
-        })?;
-        if config.get_hosts().is_empty() {
-            return Err(format!("{form}: it names no host"));
-        }
-        config.ssl_mode(asked).target_session_attrs(TargetSessionAttrs::ReadWrite);
-        config.connect_timeout(config.get_connect_timeout().copied().unwrap_or(CONNECT));
-        config.keepalives(true).keepalives_idle(Duration::from_secs(10)).keepalives_interval(Duration::from_secs(5));
-        config.keepalives_retries(2).tcp_user_timeout(SILENCE);
-        if config.get_application_name().is_none() {
-            config.application_name("warren");
-        }
-        let tls = tls(check, root.as_deref(), certificate.as_deref(), key.as_deref())?;
-        Ok(Self { config, tls: MakeRustlsConnect::new(tls) })
-    }
-
-    /// What to connect with.
-    #[must_use]
-    pub fn parts(&self) -> (Config, Tls) {
-        (self.config.clone(), self.tls.clone())
+        let (config, tls) = meaning(url)?;
+        let present = Present { url: url.clone(), config, tls, complaints: Complaints::default() };
+        Ok(Self(Arc::new(Mutex::new(present))))
     }
 
     /// Connects once.
@@ -123,7 +104,20 @@ impl Postgres {
     /// # Errors
     /// Why the server cannot be used, and what to do.
     pub async fn connect(&self) -> Result<(Client, Connection), PostgresError> {
-        self.config.connect(self.tls.clone()).await.map_err(|error| self.explain(&error))
+        self.open().await.map_err(|error| self.explain(&error))
+    }
+
+    /// The same with the error as it came.
+    ///
+    /// # Errors
+    /// What [`Self::explain`] explains.
+    pub async fn open(&self) -> Result<(Client, Connection), tokio_postgres::Error> {
+        let (config, tls) = self.present().renew();
+        config.connect(tls).await
+    }
+
+    fn present(&self) -> MutexGuard<'_, Present> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What a refusal means.
@@ -135,9 +129,9 @@ impl Postgres {
     /// Hosts and database, for a person.
     #[must_use]
     pub fn at(&self) -> String {
-        let mut at = String::new();
-        for (n, host) in self.config.get_hosts().iter().enumerate() {
-            let ports = self.config.get_ports();
+        let (mut at, config) = (String::new(), self.present().config.clone());
+        for (n, host) in config.get_hosts().iter().enumerate() {
+            let ports = config.get_ports();
             let port = ports.get(n).or(ports.first()).copied().unwrap_or(5432);
             let _ = match host {
                 Host::Tcp(host) => write!(at, "{}{host}:{port}", if n > 0 { "," } else { "" }),
@@ -145,9 +139,51 @@ impl Postgres {
                 Host::Unix(path) => write!(at, "{}{}:{port}", if n > 0 { "," } else { "" }, path.display()),
             };
         }
-        let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
+        let database = config.get_dbname().or(config.get_user()).unwrap_or_default();
         format!("{at}/{database}")
     }
+}
+
+fn meaning(url: &Secret) -> Result<(Config, Tls), String> {
+    let (base, query) = url.reveal().split_once('?').unwrap_or((url.reveal(), ""));
+    let (mut mode, mut root, mut certificate, mut key) = ("prefer".to_owned(), None, None, None);
+    let mut rest = String::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = || decoded(value).ok_or_else(|| format!("has a parameter '{name}' that is not well encoded"));
+        match name {
+            "sslmode" => mode = value()?,
+            "sslrootcert" => root = Some(value()?),
+            "sslcert" => certificate = Some(value()?),
+            "sslkey" => key = Some(value()?),
+            _ => rest = format!("{rest}{}{pair}", if rest.is_empty() { "?" } else { "&" }),
+        }
+    }
+    let (asked, check) = match (mode.as_str(), &root) {
+        ("disable", _) => (SslMode::Disable, Check::Nothing),
+        ("prefer", _) => (SslMode::Prefer, Check::Nothing),
+        ("require", None) => (SslMode::Require, Check::Nothing),
+        ("require" | "verify-ca", _) => (SslMode::Require, Check::Issuer),
+        ("verify-full", _) => (SslMode::Require, Check::IssuerAndName),
+        _ => return Err("has an sslmode other than disable, prefer, require, verify-ca and verify-full".into()),
+    };
+    let form = "is not of the form postgres://user:password@host:5432/database";
+    let mut config: Config = format!("{base}{rest}").parse().map_err(|error: tokio_postgres::Error| {
+        let why = std::error::Error::source(&error).map(|cause| format!(" ({cause})")).unwrap_or_default();
+        format!("{form}{why}")
+    })?;
+    if config.get_hosts().is_empty() {
+        return Err(format!("{form}: it names no host"));
+    }
+    config.ssl_mode(asked).target_session_attrs(TargetSessionAttrs::ReadWrite);
+    config.connect_timeout(config.get_connect_timeout().copied().unwrap_or(CONNECT));
+    config.keepalives(true).keepalives_idle(Duration::from_secs(10)).keepalives_interval(Duration::from_secs(5));
+    config.keepalives_retries(2).tcp_user_timeout(SILENCE);
+    if config.get_application_name().is_none() {
+        config.application_name("warren");
+    }
+    let tls = tls(check, root.as_deref(), certificate.as_deref(), key.as_deref())?;
+    Ok((config, MakeRustlsConnect::new(tls)))
 }
 
 /// What an error says, causes and all. A statement's parameters are never part of it.
@@ -167,6 +203,9 @@ pub fn problem(error: &tokio_postgres::Error) -> String {
 
 fn cure(error: &tokio_postgres::Error) -> &'static str {
     let Some(code) = error.code() else {
+        if let Some((fault, _)) = Fault::of(error) {
+            return fault.cure_of_postgres();
+        }
         let mut cause = std::error::Error::source(error);
         while let Some(next) = cause {
             if next.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied) {
@@ -175,9 +214,6 @@ fn cure(error: &tokio_postgres::Error) -> &'static str {
             if next.to_string().contains("does not support TLS") {
                 return "switch TLS on there, or set sslmode in DATABASE_URL";
             }
-            if next.is::<TlsError>() || next.to_string().contains("certificate") {
-                return "correct sslrootcert, sslcert and sslkey in DATABASE_URL, or the server's certificate";
-            }
             cause = next.source();
         }
         return if error.to_string().contains("configuration") { "correct DATABASE_URL" } else { "" };
@@ -185,7 +221,7 @@ fn cure(error: &tokio_postgres::Error) -> &'static str {
     match *code {
         SqlState::INVALID_PASSWORD => "correct user and password in DATABASE_URL",
         SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
-            "create that user, or let it in (pg_hba.conf), or set sslmode in DATABASE_URL"
+            "create that user, or let it in (pg_hba.conf), or set sslmode, sslcert and sslkey in DATABASE_URL"
         }
         SqlState::INVALID_CATALOG_NAME => "create that database, or correct its name in DATABASE_URL",
         SqlState::INSUFFICIENT_PRIVILEGE => "grant it to the user of DATABASE_URL",
@@ -206,50 +242,31 @@ enum Check {
 }
 
 fn tls(check: Check, root: Option<&str>, certificate: Option<&str>, key: Option<&str>) -> Result<ClientConfig, String> {
-    let provider = Arc::new(ring::default_provider());
-    let unreadable =
-        |name: &str, path: &str, why: String| format!("names a {name}, '{path}', that cannot be used: {why}");
+    let provider = tls::provider();
+    let unusable = |name: &str, path: &str, why: &str| format!("names a {name}, '{path}', that cannot be used: {why}");
+    let read = |name: &str, path: &str| std::fs::read(path).map_err(|why| unusable(name, path, &why.to_string()));
     let verifier: Arc<dyn ServerCertVerifier> = if check == Check::Nothing {
-        Arc::new(Lenient { provider: provider.clone(), issuer: None })
+        Arc::new(Lenient { provider, issuer: None })
     } else {
-        let mut roots = RootCertStore::empty();
-        match root {
-            Some(path) => {
-                let all = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-                let all = all.map_err(|why| unreadable("sslrootcert", path, why.to_string()))?;
-                roots.add_parsable_certificates(all);
-                if roots.is_empty() {
-                    return Err(unreadable("sslrootcert", path, "it holds no certificate".into()));
-                }
-            }
-            None => {
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            }
-        }
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
-        let verifier =
-            verifier.map_err(|why| format!("asks to verify the server, but no issuer is trusted here: {why}"))?;
-        if check == Check::Issuer {
-            Arc::new(Lenient { provider: provider.clone(), issuer: Some(verifier) })
-        } else {
-            verifier
-        }
+        let issuers = root.map(|path| read("sslrootcert", path)).transpose()?;
+        let verifier = tls::verifier(issuers.as_deref()).map_err(|why| match root {
+            Some(path) => unusable("sslrootcert", path, &why),
+            None => format!("asks to verify the server, which cannot be done: {why}"),
+        })?;
+        if check == Check::Issuer { Arc::new(Lenient { provider, issuer: Some(verifier) }) } else { verifier }
     };
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let builder = builder.map_err(|why| format!("TLS cannot be used: {why}"))?;
-    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
-    let mut config = match (certificate, key) {
-        (None, None) => builder.with_no_client_auth(),
+    let identity = match (certificate, key) {
+        (None, None) => None,
         (Some(path), Some(key)) => {
-            let chain = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-            let chain = chain.map_err(|why| unreadable("sslcert", path, why.to_string()))?;
-            let private = PrivateKeyDer::from_pem_file(key);
-            let private = private.map_err(|why| unreadable("sslkey", key, why.to_string()))?;
-            let built = builder.with_client_auth_cert(chain, private);
-            built.map_err(|why| unreadable("sslcert", path, why.to_string()))?
+            let pair = tls::identity(&read("sslcert", path)?, &read("sslkey", key)?);
+            Some(pair.map_err(|unfit| match unfit {
+                Unfit::Certificate(why) => unusable("sslcert", path, &why),
+                Unfit::Key(why) => unusable("sslkey", key, &why),
+            })?)
         }
         _ => return Err("names only one of sslcert and sslkey: a client's certificate takes both".into()),
     };
+    let mut config = tls::client(verifier, Card::new(identity))?;
     // PostgreSQL 17 wants to be told when nothing was negotiated before; older ones ignore it.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(config)

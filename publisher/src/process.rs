@@ -1,8 +1,10 @@
 //! What both binaries do before and after their work: environment, log, exit code.
+use crate::broker;
 use crate::postgres::Postgres;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use warren_shared::env::{Database, LogFormat, Mistake, Reader, Settings, VARIABLES, unknown};
+use warren_shared::env::{Database, Given, LogFormat, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
+use warren_shared::secret::of_file;
 
 /// Exit codes by sysexits(3): scripts rely on them.
 pub mod exit {
@@ -14,7 +16,7 @@ pub mod exit {
     pub const UNAVAILABLE: u8 = 69;
 }
 
-/// The environment with `AMQP_URL_FILE` and `DATABASE_URL_FILE` read.
+/// The environment, with what the secrets' files hold.
 fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
     let mut mistakes = Vec::new();
     let mut map = BTreeMap::new();
@@ -23,21 +25,21 @@ fn environment() -> Result<BTreeMap<String, String>, Vec<Mistake>> {
             (Ok(name), Ok(value)) => {
                 map.insert(name, value);
             }
-            (Ok(name), Err(_)) if name.starts_with("WARREN_") || name.ends_with("_URL") => {
+            (Ok(name), Err(_)) if name.starts_with("WARREN_") || VARIABLES.iter().any(|v| v.name == name) => {
                 mistakes.push(Mistake { variable: name, problem: "is not UTF-8".into() });
             }
             _ => {}
         }
     }
-    for name in ["AMQP_URL", "DATABASE_URL"] {
+    for Variable { name, .. } in VARIABLES.iter().filter(|v| v.given == Given::OrByFile) {
         let variable = format!("{name}_FILE");
         let Some(path) = map.get(&variable).filter(|path| !path.is_empty()).cloned() else { continue };
         match std::fs::read_to_string(&path) {
-            _ if map.contains_key(name) => {
+            _ if map.contains_key(*name) => {
                 mistakes.push(Mistake { variable, problem: format!("is set beside {name}: set only one of the two") });
             }
             Ok(text) => {
-                map.insert(name.into(), text.trim().to_owned());
+                map.insert((*name).into(), of_file(&text).to_owned());
             }
             Err(error) => mistakes.push(Mistake { variable, problem: format!("cannot read '{path}': {error}") }),
         }
@@ -61,10 +63,13 @@ pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode>
     let read = environment().and_then(|mut map| {
         keep_own(&mut map, reader, also);
         let settings = Settings::read(&map)?;
-        if let Database::Postgres(url) = &settings.database {
-            Postgres::parse(url).map_err(|problem| vec![Mistake { variable: "DATABASE_URL".into(), problem }])?;
+        let mut mistakes = broker::mistakes(&settings.amqp);
+        if let Database::Postgres(url) = &settings.database
+            && let Err(problem) = Postgres::parse(url)
+        {
+            mistakes.push(Mistake { variable: url.variable("DATABASE_URL"), problem });
         }
-        Ok((map, settings))
+        if mistakes.is_empty() { Ok((map, settings)) } else { Err(mistakes) }
     });
     match read {
         Ok((map, settings)) => {
@@ -134,7 +139,7 @@ fn code(error: &anyhow::Error) -> u8 {
     use crate::broker::BrokerError;
     use crate::declare::DeclareError;
     use crate::relay::RelayError;
-    if matches!(error.downcast_ref::<BrokerError>(), Some(BrokerError::Url(_))) {
+    if matches!(error.downcast_ref::<BrokerError>(), Some(BrokerError::Settings(_))) {
         exit::USAGE
     } else if error.is::<BrokerError>() || error.is::<RelayError>() {
         exit::UNAVAILABLE
@@ -200,19 +205,25 @@ pub fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
+/// The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: what begins so is never logged.
+const SILENT: [&str; 5] = ["lapin", "amq_protocol", "async_rs", "tokio_postgres", "deadpool"];
+
 fn log(settings: &Settings) {
-    use tracing_subscriber::{EnvFilter, fmt};
-    // The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: no filter may turn that on.
+    use tracing_subscriber::filter::filter_fn;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+    use tracing_subscriber::{EnvFilter, fmt, registry};
     let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
-    let silent = ["lapin=off", "amq_protocol=off", "async_rs=off", "tokio_postgres=off", "deadpool_postgres=off"];
-    let filter = silent.iter().filter_map(|d| d.parse().ok()).fold(filter, EnvFilter::add_directive);
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Not as directives, of which the most special one holds: `lapin::channel=trace` would be heard.
+    let told = filter_fn(|metadata| !SILENT.iter().any(|silent| metadata.target().starts_with(silent)));
+    let registry = registry().with(filter).with(told);
+    let layer = fmt::layer().with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
     let _ = match settings.log_format {
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init(),
         LogFormat::Text => {
             let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            builder.with_target(false).with_ansi(ansi).try_init()
+            registry.with(layer.with_target(false).with_ansi(ansi)).try_init()
         }
     };
 }

@@ -2,6 +2,7 @@
 use crate::broker::Broker;
 use crate::lines::{self, Line, Reading};
 use crate::publish::{Health, Options, Outcome, Publisher, Refused};
+use crate::seal::Seal;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{BufReader, Read, Write};
@@ -107,9 +108,10 @@ pub async fn send(settings: &Settings, order: Order) -> anyhow::Result<Account> 
             Some(std::io::BufWriter::new(file))
         }
     };
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-publisher send");
+    let broker = Broker::new(settings.amqp.clone(), "warren-publisher send");
     let link = broker.connect_within("publish", settings.connect_timeout).await?;
-    let options = Options { window: order.window, timeout: settings.publish_timeout };
+    let options =
+        Options { window: order.window, timeout: settings.publish_timeout, seal: Seal::new(&settings.payload_keys) };
     let publisher = Publisher::start(broker, link, options);
     let screen = Screen::new(size);
     tokio::spawn(report(publisher.health(), screen.bar.clone()));

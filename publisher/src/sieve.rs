@@ -5,30 +5,52 @@
 //! changed in place, length and all: a byte that is not UTF-8 becomes U+001A (the "substitute" character, which no
 //! attribute may hold, so the message is dead-lettered as unreadable), and a table or list nested too deep becomes a
 //! value of bytes. The payload is never touched.
+//!
+//! TLS is done here too, for the library's own would trust the system's issuers beside the one that is asked for.
 use async_rs::traits::Reactor;
 use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio};
 use futures_io::{AsyncRead, AsyncWrite};
+use futures_rustls::TlsConnector;
 use futures_util::Stream;
 use lapin::tcp::AMQPUriTcpExt;
-use lapin::uri::AMQPUri;
+use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-/// Connects through a sieve.
+/// Connects through a sieve, and in TLS where that is asked for.
 ///
 /// # Errors
 /// What the library says.
-pub(crate) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+pub(crate) async fn connect(
+    uri: AMQPUri,
+    properties: ConnectionProperties,
+    tls: Option<ClientConfig>,
+) -> lapin::Result<Connection> {
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Sieving(tokio.clone())));
+    let tls = tls.map(|config| TlsConnector::from(Arc::new(config)));
     let connect = async move |uri: AMQPUri, _: Runtime<RuntimeParts<Tokio, Sieving>>| {
-        let stream = AMQPUriTcpExt::connect_async(&uri, &Runtime::new(tokio.clone())).await?;
+        // Whatever the scheme, the library makes a connection and no TLS.
+        let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
+        let plain = AMQPUriTcpExt::connect_async(&bare, &Runtime::new(tokio.clone())).await?;
+        let stream = match (uri.scheme, &tls, plain) {
+            (AMQPScheme::AMQP, None, plain) => plain,
+            (AMQPScheme::AMQPS, Some(tls), AsyncTcpStream::Plain(plain)) => {
+                let name = ServerName::try_from(bare.authority.host);
+                let name = name.map_err(|_| io::Error::other("the host is no name that a certificate can have"))?;
+                AsyncTcpStream::Rustls(tls.connect(name, plain).await?)
+            }
+            _ => return Err(io::Error::other("TLS where the URL asks for it, and nowhere else").into()),
+        };
         Ok(AsyncTcpStream::Plain(Sieve::new(stream)))
     };
     Connection::connector(uri, runtime, connect, properties).await

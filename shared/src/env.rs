@@ -2,10 +2,14 @@
 //!
 //! The process' environment comes in as a map (reading it is I/O). Every mistake is reported at once, by variable
 //! name; the value of a secret is never part of a message.
+use crate::amqp::{self, Amqp};
 use crate::event::Limits;
 use crate::lane::Lanes;
 use crate::pattern::Pattern;
 use crate::retry::LONGEST;
+use crate::seal::PayloadKeys;
+use crate::secret::File;
+pub use crate::secret::Secret;
 use crate::topology::{BUS, Order, QueueType, Subscription};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -23,6 +27,17 @@ pub struct Variable {
     pub help: &'static str,
     /// Who reads it.
     pub of: Reader,
+    /// How it may be given.
+    pub given: Given,
+}
+
+/// How a variable may be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Given {
+    /// By its value.
+    Openly,
+    /// A secret: by its value, or by the name of a file in the variable with `_FILE` behind its name.
+    OrByFile,
 }
 
 /// Who reads a variable.
@@ -35,24 +50,37 @@ pub enum Reader {
 }
 
 const fn both(name: &'static str, default: &'static str, help: &'static str) -> Variable {
-    Variable { name, default, help, of: Reader::Both }
+    Variable { name, default, help, of: Reader::Both, given: Given::Openly }
 }
 
 const fn worker(name: &'static str, default: &'static str, help: &'static str) -> Variable {
-    Variable { name, default, help, of: Reader::Worker }
+    Variable { name, default, help, of: Reader::Worker, given: Given::Openly }
+}
+
+const fn secret(variable: Variable) -> Variable {
+    Variable { given: Given::OrByFile, ..variable }
 }
 
 /// All variables. What is not here does not exist.
 #[rustfmt::skip]
 pub const VARIABLES: &[Variable] = &[
-    both("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f", "the broker, amqps:// for TLS; of a cluster all nodes, by comma (secret; or AMQP_URL_FILE)"),
+    secret(both("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f", "the broker, amqps:// for TLS; of a cluster all nodes, by comma")),
+    both("AMQP_HOST", "", "in place of the host in AMQP_URL; of a cluster all nodes, by comma"),
+    both("AMQP_PORT", "", "in place of the port in AMQP_URL"),
+    both("AMQP_VHOST", "", "in place of the vhost in AMQP_URL; as it is, not percent-encoded"),
+    secret(both("AMQP_USER", "", "in place of the user in AMQP_URL")),
+    secret(both("AMQP_PASSWORD", "", "in place of the password in AMQP_URL; as it is, not percent-encoded")),
+    secret(both("AMQP_CA", "", "the certificates of the only issuers that are trusted with amqps://, as PEM; empty: those that the system trusts")),
+    secret(both("AMQP_CERT", "", "our certificate and its chain, as PEM, where the broker asks for one")),
+    secret(both("AMQP_KEY", "", "the private key of AMQP_CERT, as PEM")),
     both("RUST_LOG", "info", "what is logged: error, warn, info, debug, trace, or per target"),
     both("WARREN_LOG_FORMAT", "text", "text or json"),
     both("WARREN_CONNECT_TIMEOUT", "10s", "how long to try to reach the broker at the start; later it is tried for ever"),
     both("WARREN_PUBLISH_TIMEOUT", "30s", "after this a publish without confirm is repeated with the same id"),
     both("WARREN_BODY_LIMIT", "16777216", "largest body in bytes; larger ones are refused or dead-lettered"),
     both("WARREN_JSON_DEPTH", "64", "deepest JSON, 1 to 120 levels"),
-    worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file for one machine, postgres://user:password@host/database?sslmode=… for a fleet (secret; or DATABASE_URL_FILE)"),
+    secret(both("WARREN_PAYLOAD_KEYS", "", "AES-256 keys for the events' data, id:base64 by comma or line: the first seals what is published, all open; 'plain' first: nothing is sealed")),
+    secret(worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file for one machine, postgres://user:password@host/database?sslmode=… for a fleet")),
     worker("WARREN_DATABASE_CONNECTIONS", "8", "connections for handlers inside the store's transaction (PostgreSQL), at most; the store itself takes up to 4 more"),
     worker("WARREN_POOL", "default", "the pool of workers; part of every queue's name"),
     worker("WARREN_CONFIG", "", "YAML file with the routes"),
@@ -74,13 +102,24 @@ pub const VARIABLES: &[Variable] = &[
     worker("WARREN_WORKER_ID", "", "the worker's name in logs and dead letters; empty: host name and pid"),
 ];
 
+impl Variable {
+    /// What it does, and how it may be given.
+    fn says(&self) -> String {
+        let file = match self.given {
+            Given::Openly => String::new(),
+            Given::OrByFile => format!(" (secret; or {}_FILE)", self.name),
+        };
+        format!("{}{file}", self.help)
+    }
+}
+
 /// The part of `--help` that lists the variables.
 #[must_use]
 pub fn help(reader: Reader) -> String {
     let mut text = String::from("Environment:\n");
     for v in VARIABLES.iter().filter(|v| reader == Reader::Worker || v.of == Reader::Both) {
         let default = if v.default.is_empty() { String::new() } else { format!(" [{}]", v.default) };
-        let _ = writeln!(text, "  {:<24} {}{default}", v.name, v.help);
+        let _ = writeln!(text, "  {:<24} {}{default}", v.name, v.says());
     }
     text
 }
@@ -92,7 +131,7 @@ pub fn markdown() -> String {
     for v in VARIABLES {
         let default = if v.default.is_empty() { String::new() } else { format!("`{}`", v.default) };
         let of = if v.of == Reader::Both { "both" } else { "worker" };
-        let _ = writeln!(text, "| `{}` | {default} | {} | {of} |", v.name, v.help);
+        let _ = writeln!(text, "| `{}` | {default} | {} | {of} |", v.name, v.says());
     }
     text
 }
@@ -109,30 +148,6 @@ pub struct Mistake {
 impl fmt::Display for Mistake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.variable, self.problem)
-    }
-}
-
-/// A value that no log shows.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Hides a value.
-    #[must_use]
-    pub fn new(value: impl Into<String>) -> Self {
-        Self(value.into())
-    }
-
-    /// The value, for the one place that needs it.
-    #[must_use]
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
     }
 }
 
@@ -167,12 +182,13 @@ pub enum Declare {
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "each field is the variable of its name, documented in the table")]
 pub struct Settings {
-    pub amqp_url: Secret,
+    pub amqp: Amqp,
     pub rust_log: String,
     pub log_format: LogFormat,
     pub connect_timeout: Duration,
     pub publish_timeout: Duration,
     pub limits: Limits,
+    pub payload_keys: PayloadKeys,
     pub database: Database,
     pub database_connections: usize,
     pub pool: String,
@@ -213,7 +229,11 @@ impl Settings {
 /// Names that look like ours and are not: a typo would otherwise be a default that nobody chose.
 #[must_use]
 pub fn unknown(environment: &BTreeMap<String, String>) -> Vec<&str> {
-    let known = |name: &str| VARIABLES.iter().any(|v| v.name == name);
+    let is = |v: &Variable, name: &str| match v.given {
+        Given::OrByFile => name.strip_suffix("_FILE").unwrap_or(name) == v.name,
+        Given::Openly => name == v.name,
+    };
+    let known = |name: &str| VARIABLES.iter().any(|v| is(v, name));
     environment.keys().map(String::as_str).filter(|name| name.starts_with("WARREN_") && !known(name)).collect()
 }
 
@@ -225,12 +245,7 @@ struct Read<'a> {
 impl Read<'_> {
     fn settings(&mut self) -> Option<Settings> {
         // All are read before the first `?`, so that every mistake is seen.
-        let amqp_url = self.get("AMQP_URL", |v| match v {
-            v if v.split(',').map(str::trim).all(|v| v.starts_with("amqp://") || v.starts_with("amqps://")) => {
-                Ok(Secret::new(v))
-            }
-            _ => Err("is not a URL of the form amqp://user:password@host:port/vhost".into()),
-        });
+        let amqp = self.amqp();
         let rust_log = self.get("RUST_LOG", |v| Ok(v.to_owned()));
         let log_format =
             self.get("WARREN_LOG_FORMAT", |v| choice(v, [("text", LogFormat::Text), ("json", LogFormat::Json)]));
@@ -238,7 +253,9 @@ impl Read<'_> {
         let publish_timeout = self.get("WARREN_PUBLISH_TIMEOUT", duration);
         let body = self.get("WARREN_BODY_LIMIT", |v| number(v, 1, 512 << 20));
         let depth = self.get("WARREN_JSON_DEPTH", |v| number(v, 1, crate::json::MAX_DEPTH));
-        let database = self.get("DATABASE_URL", database);
+        let payload_keys = self.get("WARREN_PAYLOAD_KEYS", PayloadKeys::parse);
+        let file = self.file("DATABASE_URL");
+        let database = self.get("DATABASE_URL", |v| database(v, file));
         let database_connections = self.get("WARREN_DATABASE_CONNECTIONS", |v| number(v, 1_usize, 1000));
         let pool = self.get("WARREN_POOL", pool);
         let config = self.optional("WARREN_CONFIG");
@@ -268,12 +285,13 @@ impl Read<'_> {
         };
         let worker_id = self.optional("WARREN_WORKER_ID");
         Some(Settings {
-            amqp_url: amqp_url?,
+            amqp: amqp?,
             rust_log: rust_log?,
             log_format: log_format?,
             connect_timeout: connect_timeout?,
             publish_timeout: publish_timeout?,
             limits: Limits { body: body?, depth: depth? },
+            payload_keys: payload_keys?,
             database: database?,
             database_connections: database_connections?,
             pool: pool?,
@@ -295,6 +313,39 @@ impl Read<'_> {
             admin_addr: admin_addr?,
             worker_id,
         })
+    }
+
+    fn amqp(&mut self) -> Option<Amqp> {
+        let [user, password, ca, cert, key] =
+            ["AMQP_USER", "AMQP_PASSWORD", "AMQP_CA", "AMQP_CERT", "AMQP_KEY"].map(|name| self.secret(name));
+        // The default's guest is nobody's half.
+        let nobody = "amqp://127.0.0.1:5672/%2f";
+        let partial = user.is_some() || password.is_some();
+        let file = self.file("AMQP_URL");
+        let url = match self.optional("AMQP_URL") {
+            None if partial => Secret::new(nobody),
+            _ => self.get("AMQP_URL", |url| Ok(Secret::new(url).of(file)))?,
+        };
+        let vhost = self.optional("AMQP_VHOST");
+        let hosts = self.get("AMQP_HOST", amqp::hosts);
+        let port = match self.optional("AMQP_PORT") {
+            None => Some(None),
+            Some(_) => self.get("AMQP_PORT", |v| number(v, 1_u16, u16::MAX)).map(Some),
+        };
+        let amqp = Amqp { vhost, user, password, ca, cert, key, ..Amqp::from(url) };
+        self.mistakes.extend(amqp.mistakes());
+        Some(Amqp { hosts: hosts?, port: port?, ..amqp })
+    }
+
+    fn secret(&self, name: &str) -> Option<Secret> {
+        self.optional(name).map(|value| Secret::new(value).of(self.file(name)))
+    }
+
+    /// The file that a variable's value was read from.
+    fn file(&self, name: &str) -> Option<File> {
+        let variable = format!("{name}_FILE");
+        let path = self.optional(&variable).filter(|_| self.environment.contains_key(name))?;
+        Some(File { variable, path })
     }
 
     fn get<T>(&mut self, name: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
@@ -353,11 +404,12 @@ fn retention(value: &str) -> Result<Duration, String> {
     ))
 }
 
-fn database(value: &str) -> Result<Database, String> {
+fn database(value: &str, file: Option<File>) -> Result<Database, String> {
+    let value = value.trim();
     match value.strip_prefix("sqlite://") {
         Some(path) if !path.is_empty() => Ok(Database::Sqlite(path.into())),
         _ if value.starts_with("postgres://") || value.starts_with("postgresql://") => {
-            Ok(Database::Postgres(Secret::new(value)))
+            Ok(Database::Postgres(Secret::new(value).of(file)))
         }
         _ => {
             Err("is neither of the form sqlite:///path/to/file nor postgres://user:password@host:5432/database".into())
@@ -451,5 +503,7 @@ mod tests {
     fn a_name_like_ours_that_is_not_is_noticed() {
         let environment = BTreeMap::from([("WARREN_PREFECTH".to_owned(), "5".to_owned())]);
         assert_eq!(unknown(&environment), ["WARREN_PREFECTH"]);
+        let names = ["WARREN_PAYLOAD_KEYS_FILE", "WARREN_POOL_FILE"].map(|name| (name.to_owned(), String::new()));
+        assert_eq!(unknown(&BTreeMap::from(names)), ["WARREN_POOL_FILE"], "only secrets come by file");
     }
 }

@@ -60,6 +60,9 @@ pub enum Unreadable {
     /// A header is a table or list where a plain value must be.
     #[error("the header '{0}' is nested or of a type that no attribute has")]
     Header(String),
+    /// The body is sealed and cannot be opened.
+    #[error("the payload is sealed: {0}")]
+    Sealed(String),
 }
 
 impl Unreadable {
@@ -77,6 +80,7 @@ impl Unreadable {
             Self::SpecVersion(_) => "bad-specversion",
             Self::Form(_) => "bad-form",
             Self::Header(_) => "bad-header",
+            Self::Sealed(_) => "sealed",
         }
     }
 }
@@ -193,6 +197,8 @@ pub(crate) struct Attributes {
     /// What the extensions take as headers: kept, so that many of them cost no more than their number.
     weight: usize,
     pub(crate) data: Option<Data>,
+    /// The key that its data came sealed with: copies of it leave sealed, too.
+    pub(crate) sealed: Option<String>,
 }
 
 /// AMQP short strings end here: ids, keys and types travel as such.
@@ -223,6 +229,7 @@ impl Event {
             extensions: BTreeMap::new(),
             weight: 0,
             data: None,
+            sealed: None,
         })))
     }
 

@@ -5,6 +5,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod acks;
+pub mod amqp;
 pub mod assignment;
 pub mod dead;
 pub mod delivery;
@@ -19,6 +20,8 @@ pub mod pattern;
 pub mod process;
 pub mod retry;
 pub mod schedule;
+pub mod seal;
+pub mod secret;
 pub mod structured;
 pub mod topology;
 pub mod wire;

@@ -4,6 +4,7 @@
 //! that knows nothing of Warren). Written: binary. The AMQP library's own types stay in `publisher/src/codec.rs`.
 use crate::event::{Data, Event, Identity, Limits, Unreadable, Value, excerpt, is_event};
 use crate::json;
+use crate::seal::SEAL;
 use crate::structured::is_json;
 
 /// A header's value, as far as an attribute can use it.
@@ -131,6 +132,11 @@ impl Message {
         if body.len() > limits.body {
             return Err(Unreadable::TooLarge { size: body.len(), limit: limits.body });
         }
+        if let Some(key) = self.sealed_with() {
+            // Whoever has the keys opens the body first, and takes the header away.
+            let cure = format!("give WARREN_PAYLOAD_KEYS the key '{}', then replay", excerpt(&key));
+            return Err(Unreadable::Sealed(cure));
+        }
         let deep = |(_, header): &&(String, Header)| matches!(header, Header::Nested(depth) if *depth > limits.depth);
         if let Some((name, _)) = self.headers.iter().find(deep) {
             return Err(Unreadable::Header(excerpt(name)));
@@ -247,6 +253,9 @@ impl Message {
         }
         for (name, value) in &event.0.extensions {
             put(name, value.clone());
+        }
+        if let Some(key) = &event.0.sealed {
+            headers.push((SEAL.into(), Header::Plain(Value::Text(key.clone()))));
         }
         let time = event.0.time.as_deref().and_then(|t| t.parse::<jiff::Timestamp>().ok());
         Self {

@@ -373,7 +373,8 @@ async fn confirms_that_never_come_are_repeated_on_a_new_connection() -> anyhow::
     let lab = Lab::new("publishing-stuck")?;
     exchange(&lab, "there", &[("good.#", "quorum", 0)]).await?;
     let proxy = Proxy::before(&lab.url()).await?;
-    let publisher = publisher(&proxy.url, Options { window: 50, timeout: Duration::from_secs(2) }).await?;
+    let publisher =
+        publisher(&proxy.url, Options { window: 50, timeout: Duration::from_secs(2), ..Options::default() }).await?;
     proxy.answers(Answers::Lost);
     let messages: Vec<Message> = (0..200).map(|i| message("there", "good.a", &format!("m{i:03}"), 10)).collect();
     let sent = ids(&messages);

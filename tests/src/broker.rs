@@ -87,11 +87,21 @@ impl Rabbit {
     /// # Errors
     /// It cannot be started.
     pub fn private_with(name: &str, conf: &str) -> anyhow::Result<Self> {
+        Self::private_with_files(name, &[("test.conf", conf)])
+    }
+
+    /// A node of its own with these files in its `conf.d`: settings in `*.conf`, more plugins in `plugins`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn private_with_files(name: &str, files: &[(&str, &str)]) -> anyhow::Result<Self> {
         let dir = scratch().join(format!("broker-{name}"));
         let mut rabbit = Self::at(dir.clone());
         rabbit.script("stop --wipe").ok();
         std::fs::create_dir_all(dir.join("conf.d"))?;
-        std::fs::write(dir.join("conf.d/test.conf"), conf)?;
+        for (file, text) in files {
+            std::fs::write(dir.join("conf.d").join(file), text)?;
+        }
         rabbit.start()?;
         rabbit.amqp = without_vhost(&rabbit.script("url")?);
         rabbit.management = vec![rabbit.script("url --management")?];

@@ -58,6 +58,14 @@ impl Lab {
         Self::on(Rabbit::private_with(name, conf)?, name)
     }
 
+    /// A vhost on this broker.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn on_broker(rabbit: Rabbit, name: &str) -> anyhow::Result<Self> {
+        Self::on(rabbit, name)
+    }
+
     /// A vhost on a cluster of three nodes of its own, which the test may break. Processes know all of its nodes.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //! Each test has a vhost, a store and a directory of its own (under `target/`), so tests run side by side. Processes
 //! end with the test, by their own pids.
 pub mod broker;
+pub mod certificates;
 pub mod exchange;
 pub mod fleet;
 pub mod foreign;
@@ -17,9 +18,11 @@ pub mod raw;
 pub mod receipt;
 pub mod service;
 pub mod shop;
+pub mod tap;
 pub mod trace;
 
 pub use broker::Rabbit;
+pub use certificates::{Authority, Pair};
 pub use exchange::{exchange, ids};
 pub use fleet::{Fleet, Load, Map};
 pub use lab::{Lab, event, events, until};
@@ -29,4 +32,5 @@ pub use process::Process;
 pub use proxy::{Answers, Proxy};
 pub use raw::Raw;
 pub use service::Service;
+pub use tap::Tap;
 pub use trace::{Trace, quantile};

@@ -83,6 +83,15 @@ impl Postgres {
         ask(&self.url, sql)?.context("no number")
     }
 
+    /// Statements of the superuser, in this database.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub fn superuser(&self, sql: &str) -> anyhow::Result<()> {
+        ensure!(self.dir.is_some() || given().is_none(), "of a server that DATABASE_URL names, no superuser is known");
+        self.script(&["psql", "-qd", &self.name, "-v", "ON_ERROR_STOP=1", "-c", sql]).map(|_| ())
+    }
+
     /// More settings for a private server, and files beside its data; it is started again.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ pub fn binary(name: &str) -> PathBuf {
 pub fn command(name: &str, environment: &[(String, String)]) -> Command {
     let mut command = Command::new(binary(name));
     for (variable, _) in std::env::vars() {
-        if variable.starts_with("WARREN_") || variable == "AMQP_URL" || variable == "DATABASE_URL" {
+        if ["WARREN_", "AMQP_", "DATABASE_"].iter().any(|ours| variable.starts_with(ours)) {
             command.env_remove(variable);
         }
     }

@@ -282,10 +282,10 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
     }
     let store = open(settings, &worker_name(settings)).await;
     tell("store", store.map(|_| ()).map_err(|e| (exit::UNAVAILABLE, e.to_string())))?;
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-worker check");
+    let broker = Broker::new(settings.amqp.clone(), "warren-worker check");
     match broker.connect_within("check", settings.connect_timeout).await {
         Err(error) => {
-            let code = if matches!(error, BrokerError::Url(_)) { exit::USAGE } else { exit::UNAVAILABLE };
+            let code = if matches!(error, BrokerError::Settings(_)) { exit::USAGE } else { exit::UNAVAILABLE };
             tell("broker", Err((code, error.to_string())))?;
         }
         Ok(link) => {
@@ -324,7 +324,7 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
 }
 
 async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::Result<ExitCode> {
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-worker topology");
+    let broker = Broker::new(settings.amqp.clone(), "warren-worker topology");
     let link = broker.connect_within("topology", settings.connect_timeout).await?;
     let declarations = topology.declarations();
     if apply {

@@ -119,7 +119,7 @@ impl Dead {
     /// The dead letters of the pool of these settings.
     #[must_use]
     pub fn new(settings: Settings, topology: Topology) -> Self {
-        Self { broker: Broker::new(settings.amqp_url.clone(), "warren-worker dead"), settings, topology }
+        Self { broker: Broker::new(settings.amqp.clone(), "warren-worker dead"), settings, topology }
     }
 
     /// Shows each letter that the filter takes, oldest first, without removing any.
@@ -273,6 +273,9 @@ pub fn describe(letter: &Letter, message: &Message) -> String {
             line("header", &format!("{name}: {value}"));
         }
     }
-    line("body", &String::from_utf8_lossy(&message.body));
+    match message.sealed_with() {
+        Some(key) => line("body", &format!("sealed with the key '{key}', {} bytes", message.body.len())),
+        None => line("body", &String::from_utf8_lossy(&message.body)),
+    }
     text
 }

@@ -72,7 +72,7 @@ struct Partition {
 /// # Errors
 /// The broker cannot be asked.
 pub(crate) async fn report(settings: &Settings, topology: &Topology) -> anyhow::Result<Report> {
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-worker status");
+    let broker = Broker::new(settings.amqp.clone(), "warren-worker status");
     let link = broker.connect_within("status", settings.connect_timeout).await?;
     let partitions = topology.queues();
     let mut queues = partitions.clone();

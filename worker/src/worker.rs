@@ -23,7 +23,7 @@ use tokio::time::MissedTickBehavior;
 use warren_publisher::declare::{self};
 use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
-use warren_publisher::{Broker, Publisher, Refused};
+use warren_publisher::{Broker, Publisher, Refused, Seal};
 use warren_shared::delivery::Wait;
 use warren_shared::env::{Database, Declare, Settings};
 use warren_shared::fleet::{Kind as Why, Word};
@@ -226,7 +226,7 @@ impl Worker {
         let recorder = metrics::install(&settings.pool);
         trace::start(&name).map_err(anyhow::Error::msg)?;
         let topology = config::topology(&settings, &routes);
-        let broker = Broker::new(settings.amqp_url.clone(), format!("warren-worker {name}"));
+        let broker = Broker::new(settings.amqp.clone(), format!("warren-worker {name}"));
         // The broker first, which connecting does not change; then the store; then declarations. A start that fails
         // leaves nothing behind.
         let start = async {
@@ -248,10 +248,11 @@ impl Worker {
             _ = stop.recv() => return told_early(&name),
             started = start => started?,
         };
-        let options = Options { timeout: settings.publish_timeout, ..Options::default() };
+        let seal = Seal::new(&settings.payload_keys);
+        let options = Options { timeout: settings.publish_timeout, seal: seal.clone(), ..Options::default() };
         let publisher = Publisher::start(broker.clone(), link, options);
         let subscriptions =
-            Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits);
+            Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits, seal);
         let outbox =
             Outbox::start(store.clone(), publisher.clone(), subscriptions.clone(), &settings.pool, settings.limits);
 

@@ -11,6 +11,7 @@ mod wire;
 
 use crate::broker::{Broker, Link, describe};
 use crate::codec;
+use crate::seal::Seal;
 use futures_util::StreamExt;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -60,17 +61,19 @@ pub enum Refused {
 pub type Outcome = Result<Confirmed, Refused>;
 
 /// How a publisher behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Unconfirmed messages at most. More than a thousand buys nothing.
     pub window: usize,
     /// After this an unconfirmed message is repeated on a new connection.
     pub timeout: Duration,
+    /// What payloads are sealed with.
+    pub seal: Seal,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { window: 1000, timeout: Duration::from_secs(30) }
+        Self { window: 1000, timeout: Duration::from_secs(30), seal: Seal::default() }
     }
 }
 
@@ -316,7 +319,7 @@ impl Desk {
                 && wire.failure.is_none()
             {
                 let chunk = CHUNK.min(room).min(self.queue.len());
-                let (ready, refused) = wire.take_on(self.queue.drain(..chunk));
+                let (ready, refused) = wire.take_on(self.queue.drain(..chunk), &self.options.seal);
                 for (entry, refused) in refused {
                     self.settle(&entry, Err(refused));
                 }

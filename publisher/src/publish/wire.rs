@@ -2,6 +2,7 @@
 use super::{Confirmed, Entry, Outcome, Refused};
 use crate::broker::Link;
 use crate::codec;
+use crate::seal::Seal;
 use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -93,19 +94,27 @@ impl Wire {
     }
 
     /// Takes messages in flight, as they will be written; returns also what AMQP cannot carry.
-    pub(super) fn take_on(&mut self, entries: impl Iterator<Item = Entry>) -> (Vec<Ready>, Vec<(Entry, Refused)>) {
+    pub(super) fn take_on(
+        &mut self,
+        entries: impl Iterator<Item = Entry>,
+        seal: &Seal,
+    ) -> (Vec<Ready>, Vec<(Entry, Refused)>) {
         let (mut ready, mut refused) = (Vec::new(), Vec::new());
         let since = Instant::now();
         for entry in entries {
-            match (codec::write(&entry.message, self.room), codec::address(&entry.message)) {
-                (Ok(properties), Ok(address)) => {
-                    let (sequence, message) = (self.next, entry.message.clone());
+            let written = seal.close(&entry.message).and_then(|message| {
+                let (properties, address) = (codec::write(&message, self.room)?, codec::address(&message)?);
+                Ok((message, properties, address))
+            });
+            match written {
+                Ok((message, properties, address)) => {
+                    let sequence = self.next;
                     ready.push(Ready { sequence, message, properties, address });
                     self.flying.push_back(Flight { entry, since, confirmed: None, returned: None });
                     self.next += 1;
                     self.unanswered += 1;
                 }
-                (Err(error), _) | (_, Err(error)) => refused.push((entry, error.into())),
+                Err(error) => refused.push((entry, error.into())),
             }
         }
         (ready, refused)

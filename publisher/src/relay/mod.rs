@@ -14,6 +14,7 @@ use crate::declare;
 use crate::outbox::Table;
 use crate::postgres::Postgres;
 use crate::publish::{Health, Options, Publisher};
+use crate::seal::Seal;
 use anyhow::Context;
 pub use desk::RelayError;
 use desk::{Desk, Keys, Left};
@@ -105,11 +106,12 @@ pub async fn relay(settings: &Settings, postgres: &Postgres, order: Order) -> an
 async fn begin(settings: &Settings, postgres: &Postgres, table: &Table) -> anyhow::Result<(Desk, Publisher)> {
     let patience = settings.connect_timeout;
     let desk = within(patience, || Desk::open(postgres, table, settings.limits)).await?;
-    let broker = Broker::new(settings.amqp_url.clone(), "warren-publisher relay");
+    let broker = Broker::new(settings.amqp.clone(), "warren-publisher relay");
     let link = broker.connect_within("publish", patience).await?;
     let bus = declare::check(&link, &Topology::bus()).await;
     bus.context("make the bus with 'warren-publisher declare'")?;
-    let options = Options { timeout: settings.publish_timeout, ..Options::default() };
+    let seal = Seal::new(&settings.payload_keys);
+    let options = Options { timeout: settings.publish_timeout, seal, ..Options::default() };
     Ok((desk, Publisher::start(broker, link, options)))
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use warren_publisher::declare::{self, DeclareError, Depth};
-use warren_publisher::{Broker, Link};
+use warren_publisher::{Broker, Link, Seal};
 use warren_shared::env::Declare;
 use warren_shared::event::Limits;
 use warren_shared::fleet::Clock;
@@ -27,6 +27,7 @@ pub struct Subscriptions {
     declaring: tokio::sync::Mutex<()>,
     pub(super) prefetch: u16,
     pub(super) limits: Limits,
+    pub(super) seal: Seal,
     pub(super) consuming: AtomicUsize,
     pub(super) epochs: AtomicU64,
     /// Stamps subscriptions: their order in each queue's line.
@@ -40,7 +41,14 @@ pub struct Subscriptions {
 impl Subscriptions {
     /// Prepares the subscriptions of a pool; nothing is opened yet.
     #[must_use]
-    pub fn new(broker: Broker, topology: &Topology, declare: Declare, prefetch: u16, limits: Limits) -> Arc<Self> {
+    pub fn new(
+        broker: Broker,
+        topology: &Topology,
+        declare: Declare,
+        prefetch: u16,
+        limits: Limits,
+        seal: Seal,
+    ) -> Arc<Self> {
         Arc::new(Self {
             broker,
             links: tokio::sync::Mutex::default(),
@@ -49,6 +57,7 @@ impl Subscriptions {
             declaring: tokio::sync::Mutex::new(()),
             prefetch,
             limits,
+            seal,
             consuming: AtomicUsize::new(0),
             epochs: AtomicU64::new(0),
             clock: Arc::default(),

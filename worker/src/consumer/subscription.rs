@@ -391,8 +391,9 @@ impl Subscription {
         let arrival = |delivery: Delivery| {
             let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
             let fresh_id = || uuid::Uuid::new_v4().to_string();
-            let content = codec::envelope(&delivery)
-                .open(&delivery.data, self.shared.limits, fresh_id)
+            let Subscriptions { seal, limits, .. } = &*self.shared;
+            let content = seal
+                .open(codec::envelope(&delivery), &delivery.data, *limits, fresh_id)
                 .map_err(|why| Box::new((codec::read(delivery), why)));
             let born = content.as_ref().ok().and_then(|incoming| happened(&incoming.event));
             Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content, born }

@@ -10,9 +10,7 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use warren_shared::Identity;
-
-/// Kept from programs: the first four are secrets, the last is the worker's own.
-const WITHHELD: [&str; 4] = ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE"];
+use warren_shared::env::{Given, VARIABLES};
 
 /// A line of stderr is cut here.
 const LOG_LINE: usize = 4096;
@@ -101,8 +99,9 @@ fn command(program: &str, arguments: &[String]) -> Command {
     let mut command = Command::new(program);
     command.args(arguments).process_group(0).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for name in WITHHELD {
-        command.env_remove(name);
+    // Our secrets, and the way to them, are none of a handler's business.
+    for secret in VARIABLES.iter().filter(|variable| variable.given == Given::OrByFile) {
+        command.env_remove(secret.name).env_remove(format!("{}_FILE", secret.name));
     }
     command
 }

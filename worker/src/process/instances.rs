@@ -176,7 +176,7 @@ impl Shown {
             .with("time", Value::Text(jiff::Timestamp::now().to_string()))?;
         let mut message = outgoing(&event);
         message.exchange = topology.door();
-        let broker = Broker::new(settings.amqp_url.clone(), "warren-worker process");
+        let broker = Broker::new(settings.amqp.clone(), "warren-worker process");
         let link = broker.connect_within("process", settings.connect_timeout).await?;
         let options = Options { timeout: settings.publish_timeout, ..Options::default() };
         let publisher = Publisher::start(broker, link, options);

@@ -1,11 +1,12 @@
 //! Connections to the database, and what its refusals mean for a call.
 use crate::store::StoreError;
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
-use futures_util::future::join3;
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
+use futures_util::future::{BoxFuture, join3};
 use std::ops::Deref;
 use std::time::Duration;
-use tokio_postgres::Row;
+use tokio::task::JoinHandle;
 use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Config, Row};
 use warren_publisher::postgres::{Postgres as Server, problem};
 
 /// How long a call may take; the server is told less, so that it gives up first.
@@ -22,8 +23,8 @@ pub(super) struct Sessions {
 
 impl Sessions {
     pub(super) fn new(server: Server, most: usize) -> Result<Self, StoreError> {
-        let (config, tls) = server.parts();
-        let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+        let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_connect(Config::new(), Present(server.clone()), recycling);
         let pool = Pool::builder(manager).max_size(most).runtime(Runtime::Tokio1).create_timeout(Some(PATIENCE));
         let pool = pool.build().map_err(|error| StoreError::Unavailable(error.to_string()))?;
         Ok(Self { pool, server })
@@ -45,6 +46,19 @@ impl Sessions {
             return StoreError::Unavailable(why.to_string());
         }
         StoreError::Open { path: why.at, cause: why.problem, cure: why.cure }
+    }
+}
+
+/// Connects as the URL has it now: it may have been rotated.
+struct Present(Server);
+
+impl Connect for Present {
+    fn connect(&self, _: &Config) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
+        Box::pin(async {
+            let (client, connection) = self.0.open().await?;
+            // Whoever uses the client hears how it ended.
+            Ok((client, tokio::spawn(async { drop(connection.await) })))
+        })
     }
 }
 
