@@ -1,11 +1,13 @@
 # Each target does its own set-up and says what it does. A broker is taken from scripts/rabbitmq.
-.PHONY: help demo test bench lint fmt clean
+.PHONY: help demo test bench lint check-deploy compose-test fmt clean
 
 help:
 	@echo 'make demo   an order process on a real RabbitMQ, with kills; half a minute after the build (STORE=postgres: with an order ledger)'
 	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
 	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
 	@echo 'make lint   format, clippy, licences and sources of crates, docs'
+	@echo 'make check-deploy   manifests, alerts, dashboard, Dockerfile and Compose file, without a cluster'
+	@echo 'make compose-test   the Compose stack on a container engine started for it: scaled and broken under load'
 	@echo 'make fmt    format the code'
 	@echo 'make clean  stop the private brokers, remove target/'
 
@@ -24,6 +26,12 @@ lint:
 	cargo clippy -p warren-worker --locked -- -D warnings
 	scripts/deny
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
+
+check-deploy:
+	@scripts/check-deploy
+
+compose-test:
+	@scripts/compose-test
 
 fmt:
 	cargo fmt --all

@@ -10,6 +10,7 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKin
 use serde_json::{Value, json};
 use std::time::Duration;
 use warren_tests::process::expect_exit;
+use warren_tests::raw::free_port;
 use warren_tests::{Lab, event, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -146,7 +147,9 @@ async fn every_user_of_the_definitions_does_its_job_and_nothing_else() -> anyhow
     };
     expect_exit(&run(0, vec!["topology", "--apply"]).await?, 0)?;
     let heard = lab.recorded().await?;
-    let mut worker = lab.worker_with(&[("AMQP_URL", &urls[1]), ("WARREN_DECLARE", "never")])?;
+    let address = format!("127.0.0.1:{}", free_port()?);
+    let environment = [("AMQP_URL", &*urls[1]), ("WARREN_DECLARE", "never"), ("WARREN_ADMIN_ADDR", &*address)];
+    let mut worker = lab.worker_with(&environment)?;
     let all = [
         event("plain", "order.placed", "a", json!({})),
         event("again", "order.placed", "b", json!({"fail": true})),
@@ -166,6 +169,9 @@ async fn every_user_of_the_definitions_does_its_job_and_nothing_else() -> anyhow
     ensure!(listed.contains("\"bad\""), "{listed}");
     let (status, _) = expect_exit(&run(2, vec!["status", "--json"]).await?, 1)?;
     ensure!(status.contains("\"dead\":1") && status.contains("\"workers\":[{"), "{status}");
+    // A worker sees how many there are, and may not take one.
+    let seen = || lab.metric(&address, "warren_dead_letters", &[]).is_ok_and(|n| n == Some(1.0));
+    until("the worker sees the dead letter", PATIENCE, seen).await?;
     // It is replayed, fails for good again, and is dropped.
     let (replayed, _) = expect_exit(&run(2, vec!["dead", "replay", "--all"]).await?, 0)?;
     ensure!(replayed.contains("\"replayed\":1"), "{replayed}");
