@@ -59,6 +59,9 @@ fn forget(lab: &Lab) -> anyhow::Result<()> {
     lab.postgres.as_ref().context("a database")?.superuser(&format!("DROP ROLE \"{}\"", lab.name))
 }
 
+/// What is wrong, by which variables, and the exit code.
+type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], i32);
+
 #[tokio::test]
 async fn no_refusal_shows_a_secret() -> anyhow::Result<()> {
     let lab = planted("secrets-refusals")?;
@@ -74,7 +77,7 @@ async fn no_refusal_shows_a_secret() -> anyhow::Result<()> {
     let other = format!("mysql://me:{PLANTED}@host/db");
     let wrong = database("datab4se", "wr0ng");
     let odd = format!("{wrong}?sslmode={PLANTED}");
-    let cases: [(&str, &[(&str, &str)], i32); 11] = [
+    let cases: [Case; 11] = [
         ("wrong password", &[("AMQP_PASSWORD", "Pl4nted-wr0ng")], 69),
         ("unknown vhost", &[("AMQP_VHOST", "nowhere")], 69),
         ("unreachable", &[("AMQP_PORT", &nobody)], 69),

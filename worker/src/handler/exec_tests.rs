@@ -454,6 +454,37 @@ for e in events():
 const LOG_LINE_AND_FIELDS: usize = 4096 + 300;
 
 #[tokio::test]
+async fn who_hangs_is_killed_with_all_that_it_started() {
+    let exec = python(
+        1,
+        "
+child = subprocess.Popen(['sleep', '1000'])
+for e in events():
+    if e['id'] == 'x': time.sleep(1000)
+    answer(e, result=[os.getpid(), child.pid])
+",
+    );
+    let first = result(&exec, call("a")).await;
+    let pids: Vec<u64> = first.as_array().expect("two").iter().filter_map(serde_json::Value::as_u64).collect();
+    assert!(pids.len() == 2 && !pids.iter().any(|pid| is_gone(*pid)), "{pids:?}");
+    let hung = exec.handle(call_with("x", "null", Duration::from_millis(300))).await;
+    assert_eq!(word(hung), "retry: no answer within 300ms");
+    until(|| pids.iter().all(|pid| is_gone(*pid))).await;
+    exec.close().await;
+}
+
+#[tokio::test]
+async fn no_shell_reads_its_arguments() {
+    let program = "import json, sys\nfor line in sys.stdin:\n    e = json.loads(line)['event']\n    \
+                   print(json.dumps({'id': e['id'], 'source': e['source'], 'status': 'done', 'result': sys.argv[1:]}), flush=True)";
+    let arguments = ["$HOME", "$(exit 3)", "`id`", "; exit 4", "* ?", "> /dev/null", "a\nb", "\"'\\"];
+    let argv = [&["python3", "-c", program][..], &arguments].concat();
+    let exec = start(1, &argv);
+    assert_eq!(result(&exec, call("a")).await, serde_json::json!(arguments));
+    exec.close().await;
+}
+
+#[tokio::test]
 async fn closing_leaves_no_process() {
     // It ignores that its stdin ends, and so does what it started.
     let exec = python(
