@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """The payment service: takes events over HTTP, needs nothing but Python's standard library.
 
-usage: payments.py PORT DIR      balances are in DIR/payments.db; each request adds a line to DIR/payments.log
+usage: payments.py PORT DIR [HOST]      balances are in DIR/payments.db; each request adds a line to DIR/payments.log
+
+HOST is where it listens: 127.0.0.1 if nothing is said, 0.0.0.0 in a container.
 
 A request may come more than once: for one order money moves once, whatever happens. What the status means to Warren: 200 done
 (the JSON is the step's result), 4xx fails for good (the order is taken back), 5xx comes again later. While DIR/down exists,
@@ -15,7 +17,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-PORT, DIR = int(sys.argv[1]), sys.argv[2]
+PORT, DIR, HOST = int(sys.argv[1]), sys.argv[2], (sys.argv[3:] or ["127.0.0.1"])[0]
 OPENING = 200
 
 db = sqlite3.connect(os.path.join(DIR, "payments.db"), check_same_thread=False, isolation_level=None)
@@ -83,4 +85,4 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
-Server(("127.0.0.1", PORT), Service).serve_forever()
+Server((HOST, PORT), Service).serve_forever()

@@ -35,7 +35,7 @@ pub enum DeclareError {
     Foreign(String),
     /// The user may not do it.
     #[error(
-        "the broker denies it ({0}): grant the user configure, write and read on '^warren\\.', or declare with another user and set WARREN_DECLARE=never"
+        "the broker denies it ({0}): grant the user configure, write and read on '^warren\\..+$', or declare with another user and set WARREN_DECLARE=never"
     )]
     Denied(String),
     /// An exchange type is not there.

@@ -5,7 +5,6 @@
 //! A parcel is a file in `$ORDER_DIR/parcels`, named after the instance: the function may run more than once, and finds it. With
 //! PostgreSQL it is a row of `$ORDER_TABLE` (`CREATE TABLE parcels (instance text, address text)`), inserted inside the store's
 //! transaction: exactly once, without looking.
-use anyhow::Context as _;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -35,7 +34,6 @@ fn main() -> ExitCode {
             }));
         }
         let parcels = PathBuf::from(variable("ORDER_DIR", "target/order")).join("parcels");
-        std::fs::create_dir_all(&parcels).with_context(|| format!("{}", parcels.display()))?;
         Ok(worker.handle("shipping.create", move |event, _| ship(event, parcels.clone())))
     })
 }
@@ -64,6 +62,7 @@ fn pack(parcel: &Path, address: &str) -> std::io::Result<()> {
     if parcel.exists() {
         return Ok(());
     }
+    parcel.parent().map_or(Ok(()), std::fs::create_dir_all)?;
     let new = parcel.with_extension("new");
     std::fs::write(&new, address)?;
     std::fs::File::open(&new)?.sync_all()?;

@@ -43,8 +43,8 @@ pub enum JoinError {
     Broker(#[from] BrokerError),
     /// The user lacks a permission.
     #[error(
-        "the broker denies the worker its place in the fleet ({said}): grant its user configure on '^{pattern}\\.', and \
-         write and read on '^{pattern}'"
+        "the broker denies the worker its place in the fleet ({said}): grant its user configure on '^{pattern}\\.[0-9a-f]+$', \
+         and write and read on '^{pattern}(\\.[0-9a-f]+)?$'"
     )]
     Denied {
         /// What the broker said.
