@@ -98,14 +98,15 @@ async fn a_publisher_that_sends_goes_on_with_the_new_password() -> anyhow::Resul
     let user = User::new(&lab, "rotation-send", "One0")?;
     std::fs::write(&password, "One0")?;
     lab.declare().await?;
-    let mut sender = lab.sender(&events(3000, 20), &["--rate", "1000"])?;
+    let mut sender = lab.sender(&events(15_000, 20), &["--rate", "1000"])?;
+    // The broker lists them every few seconds.
     until("it sends", PATIENCE, || lab.connections("publish").is_ok_and(|names| !names.is_empty())).await?;
     user.has("Two2")?;
     std::fs::write(&password, "Two2")?;
     until("its connection is closed", PATIENCE, || lab.close_connections("publish").is_ok_and(|n| n > 0)).await?;
     ensure!(sender.wait(PATIENCE).await?.success(), "{}", sender.log());
     let account = sender.account()?;
-    ensure!(account["confirmed"] == 3000, "{account}");
+    ensure!(account["confirmed"] == 15_000, "{account}");
     ensure!(sender.log().contains("publishing goes on"), "{}", sender.log());
     Ok(())
 }

@@ -173,8 +173,9 @@ async fn a_worker_waits_for_a_certificate_to_be_renewed_on_its_own_broker() -> a
     until("it takes events", PATIENCE, || worker.log().contains("takes events")).await.with_context(|| worker.log())?;
     // The broker's certificate expires, and connections end.
     site.serve(&site.ca.expired("127.0.0.1")?)?;
-    until("they are listed", PATIENCE, || site.lab.close_connections("").is_ok_and(|n| n >= 3)).await?;
-    until("it says why", PATIENCE, || worker.log().contains("renew the broker's certificate")).await?;
+    // As far as the broker lists them already.
+    let cut = || site.lab.close_connections("").is_ok();
+    until("it says why", PATIENCE, || cut() && worker.log().contains("renew the broker's certificate")).await?;
     // The new one is another CA's, which only the file tells; and the client has got a new one, too.
     let next = Authority::new("next")?;
     std::fs::write(site.dir.join("ca.pem"), format!("{}{}", site.ca.pem, next.pem))?;
