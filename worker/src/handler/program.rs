@@ -10,7 +10,6 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use warren_shared::Identity;
-use warren_shared::env::{Given, VARIABLES};
 
 /// A line of stderr is cut here.
 const LOG_LINE: usize = 4096;
@@ -99,11 +98,16 @@ fn command(program: &str, arguments: &[String]) -> Command {
     let mut command = Command::new(program);
     command.args(arguments).process_group(0).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // Our secrets, and the way to them, are none of a handler's business.
-    for secret in VARIABLES.iter().filter(|variable| variable.given == Given::OrByFile) {
-        command.env_remove(secret.name).env_remove(format!("{}_FILE", secret.name));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_ours(&name.to_string_lossy())) {
+        command.env_remove(name);
     }
     command
+}
+
+/// Our settings, secrets above all and the way to them, are none of a handler's business; what else stands in the environment was
+/// put there for it.
+fn is_ours(name: &str) -> bool {
+    ["WARREN_", "AMQP_", "DATABASE_", "OTEL_"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Writes its stderr to the log, line by line.
@@ -226,12 +230,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn secrets_are_withheld_and_nothing_else() {
-        let command = command("env", &[]);
-        let withheld: Vec<_> = command.as_std().get_envs().collect();
-        assert!(withheld.iter().all(|(_, value)| value.is_none()), "{withheld:?}");
-        let names: Vec<_> = withheld.iter().filter_map(|(name, _)| name.to_str()).collect();
-        assert_eq!(names, ["AMQP_URL", "AMQP_URL_FILE", "DATABASE_URL", "DATABASE_URL_FILE"]);
+    fn every_variable_of_ours_is_withheld_and_nothing_else() {
+        use warren_shared::env::VARIABLES;
+        // The log's level is everybody's.
+        let ours = VARIABLES.iter().map(|variable| variable.name).filter(|name| *name != "RUST_LOG");
+        for name in ours.chain(["AMQP_PASSWORD_FILE", "OTEL_EXPORTER_OTLP_HEADERS"]) {
+            assert!(is_ours(name), "{name}");
+        }
+        assert!(["PATH", "HOME", "LANG", "RUST_LOG", "ORDER_DIR"].iter().all(|name| !is_ours(name)));
     }
 
     #[test]
