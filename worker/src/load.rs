@@ -19,11 +19,11 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// What is looked at.
 pub(crate) struct Gauges {
-    pub(crate) vitals: Vitals,
-    pub(crate) orders: mpsc::UnboundedSender<Command>,
+    vitals: Vitals,
+    orders: mpsc::UnboundedSender<Command>,
     /// The dead and the unrouted queue.
-    pub(crate) nets: [String; 2],
-    pub(crate) window: Window,
+    nets: [String; 2],
+    window: Window,
 }
 
 impl Gauges {

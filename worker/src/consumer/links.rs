@@ -87,10 +87,13 @@ impl Subscriptions {
     /// # Errors
     /// The broker cannot be asked.
     pub async fn depths(&self, queues: &[String]) -> Result<Vec<Option<Depth>>, DeclareError> {
-        let link = self.link().await;
-        let depths = declare::depths(&link, queues).await;
-        self.give_back(link).await;
-        depths
+        // One channel more for a moment, wherever it is: no connection is opened for that.
+        let open = self.links.lock().await.iter().find(|link| link.is_alive()).cloned();
+        let link = match open {
+            Some(link) => link,
+            None => self.link().await,
+        };
+        declare::depths(&link, queues).await
     }
 
     /// The clock that stamps subscriptions.
