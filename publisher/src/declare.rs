@@ -110,10 +110,15 @@ pub async fn check(link: &Link, declarations: &[Declaration]) -> Result<(), Decl
     let mut missing = Vec::new();
     for declaration in declarations {
         // Comparing arguments needs the right to configure, which such a worker does not have: it looks for the name.
-        if let Some(name) = name(declaration)
-            && scout.exists(declaration).await? == Found::Missing
-        {
-            missing.push(name.to_owned());
+        let Some(name) = name(declaration) else { continue };
+        match scout.exists(declaration).await {
+            // 4.3 lets nobody look at what he has no right to at all. A worker has some to whatever it uses itself.
+            Err(DeclareError::Denied(_)) => {}
+            found => {
+                if found? == Found::Missing {
+                    missing.push(name.to_owned());
+                }
+            }
         }
     }
     if missing.is_empty() { Ok(()) } else { Err(DeclareError::Missing(missing)) }
@@ -128,7 +133,7 @@ pub struct Depth {
     pub consumers: u32,
 }
 
-/// What queues hold, in their order; none for one that is not there.
+/// What queues hold, in their order; none for one that is not there, or that this user may not look at (4.3).
 ///
 /// # Errors
 /// The connection failed, or the user may not look.
@@ -153,7 +158,7 @@ pub async fn depths(link: &Link, queues: &[String]) -> Result<Vec<Option<Depth>>
             Ok(depth) => Some(depth),
             Err(error) => match error.kind() {
                 ErrorKind::ProtocolError(amqp) => match amqp.kind() {
-                    AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => None,
+                    AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND | AMQPSoftError::ACCESSREFUSED) => None,
                     _ => return Err(DeclareError::Denied(describe(&error))),
                 },
                 _ => return Err(BrokerError::lost(&error).into()),

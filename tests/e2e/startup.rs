@@ -159,7 +159,10 @@ async fn a_worker_that_may_not_declare_works_with_a_topology_that_is_there() -> 
     lab.declare().await?;
     let user = User::new(&lab, "^$", "^warren\\.", "^warren\\.")?;
     let text = said_with(&lab, &[("AMQP_URL", &user.url()), ("WARREN_DECLARE", "never")], &["run"], 69).await?;
-    holds(&text, &["the broker denies the worker its place in the fleet", r"'^warren\.startup-never\.fleet\.[0-9a-f]+$'"])?;
+    holds(
+        &text,
+        &["the broker denies the worker its place in the fleet", r"'^warren\.startup-never\.fleet\.[0-9a-f]+$'"],
+    )?;
     let user = User::new(&lab, r"^warren\.startup-never\.fleet\.", r"^warren\.", r"^warren\.")?;
     let mut worker = lab.worker_with(&[("AMQP_URL", &user.url()), ("WARREN_DECLARE", "never")])?;
     // A retry and a dead letter are published by the same user.

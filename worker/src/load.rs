@@ -75,17 +75,23 @@ impl Gauges {
 
     /// What is ready in the queues that this worker serves. Those that several serve are shared out among their consumers.
     async fn depths(&self, owned: &[String]) -> Option<u64> {
-        let queues = [owned, &self.nets].concat();
-        let depths = match self.vitals.subscriptions.depths(&queues).await {
-            Ok(depths) => depths,
-            Err(error) => {
+        let subscriptions = &self.vitals.subscriptions;
+        // Apart from each other: one that may not be looked at costs a question for each.
+        let asked = (subscriptions.depths(owned).await, subscriptions.depths(&self.nets).await);
+        let (depths, nets) = match asked {
+            (Ok(depths), Ok(nets)) => (depths, nets),
+            (Err(error), _) | (_, Err(error)) => {
                 tracing::debug!(%error, "the queues' depths cannot be had now");
                 return None;
             }
         };
+        for (name, net) in [names::DEAD_LETTERS, names::UNROUTED].into_iter().zip(nets) {
+            // What this worker may not see, it does not tell.
+            if let Some(net) = net {
+                metrics::set(name, f64::from(net.ready));
+            }
+        }
         let depth = |n: usize| depths.get(n).copied().flatten().unwrap_or_default();
-        metrics::set(names::DEAD_LETTERS, f64::from(depth(owned.len()).ready));
-        metrics::set(names::UNROUTED, f64::from(depth(owned.len() + 1).ready));
         let shares = if self.vitals.seats.are_shared() { |consumers: u32| consumers.max(1) } else { |_| 1 };
         Some((0..owned.len()).map(|n| u64::from(depth(n).ready / shares(depth(n).consumers))).sum())
     }
