@@ -6,15 +6,16 @@
 //! Received ─ early ──────▶ Parking ── confirmed ─(Leaving)───────▶ Safe
 //!            fresh ──────▶ Running ── succeeded ─▶ Succeeded ─────▶ Safe     (committed, or superseded)
 //!                             ▲                       └ outdated: the state that it rests on has changed
-//!            redelivered ▶ Suspected ─ recorded ─▶ Running | Condemned
+//!            redelivered ▶ Suspected ─ recorded ─▶ Running | Suspected, alone | Condemned
 //!                          Running ── failed ────▶ Parking | Holding ─▶ Running | Condemned
 //!                                                  Condemned ─────▶ Safe     (committed, or superseded)
 //!            gone, interrupted ─(Leaving)─▶ Abandoned: the broker delivers it again
 //! ```
 //!
 //! A first delivery takes the fast path: nothing is written before its handler runs. A redelivered event's start is
-//! recorded first; one whose recorded start never finished runs alone, and dies by its reason after `crash_limit`
-//! deaths of the process. Success and death commit in one store transaction with what they send (results, the dead
+//! recorded first; one whose recorded start never finished waits until nothing else runs, and dies by its reason after
+//! `crash_limit` deaths of the process. Of the deaths in company one counts at most, whoever of them was to blame: each
+//! further one it died alone. Success and death commit in one store transaction with what they send (results, the dead
 //! letter), so no event is ever both done and dead.
 use crate::retry::{Failure, Policy, Verdict};
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub enum State {
     Suspected {
         /// The attempt that it will be.
         attempt: u32,
+        /// Who may run beside it.
+        company: Company,
     },
     /// Its handler runs.
     Running(Run),
@@ -149,7 +152,7 @@ pub enum Fact {
         /// The attempt that it is.
         attempt: u32,
     },
-    /// The start is recorded.
+    /// The start is recorded: one in company only where no earlier one is.
     Recorded {
         /// Earlier recorded starts that never finished.
         unfinished: u32,
@@ -192,8 +195,8 @@ pub enum Fact {
 pub enum Action {
     /// Look up its identity.
     Look,
-    /// Record its start.
-    Record,
+    /// Record its start, and tell the earlier ones: in company only where there is none, alone when nothing else runs.
+    Record(Company),
     /// Call the handler.
     Run(Run),
     /// Note the failed attempt, then wait; the key waits too.
@@ -255,7 +258,7 @@ impl State {
     pub fn action(self) -> Action {
         match self {
             Self::Received => Action::Look,
-            Self::Suspected { .. } => Action::Record,
+            Self::Suspected { company, .. } => Action::Record(company),
             Self::Running(run) => Action::Run(run),
             Self::Holding { run, after } => Action::Hold(run, after),
             Self::Succeeded(_) => Action::CommitDone,
@@ -289,17 +292,21 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Received, F::Fresh { attempt }) => {
             S::Running(Run { attempt, company: Company::Shared, record: Record::Absent })
         }
-        (S::Received, F::Redelivered { attempt }) => S::Suspected { attempt },
+        // Where one more death condemns, there is none to spare for company.
+        (S::Received, F::Redelivered { attempt }) => {
+            S::Suspected { attempt, company: if law.crash_limit > 2 { Company::Shared } else { Company::Alone } }
+        }
 
         // The death that led to the first redelivery was not recorded, so it counts as one more.
         (S::Suspected { .. }, F::Recorded { unfinished, .. }) if unfinished + 1 >= law.crash_limit => {
             S::Condemned(Doom::Crash { attempts: unfinished + 1 })
         }
-        (S::Suspected { attempt }, F::Recorded { unfinished, failed }) => S::Running(Run {
-            attempt: attempt.max(failed + 1),
-            company: if unfinished > 0 { Company::Alone } else { Company::Shared },
-            record: Record::Present,
-        }),
+        (S::Suspected { attempt, company: Company::Shared }, F::Recorded { unfinished: 1.., .. }) => {
+            S::Suspected { attempt, company: Company::Alone }
+        }
+        (S::Suspected { attempt, company }, F::Recorded { failed, .. }) => {
+            S::Running(Run { attempt: attempt.max(failed + 1), company, record: Record::Present })
+        }
 
         (S::Running(run), F::Succeeded) => S::Succeeded(run),
         (S::Running(run), F::Failed { failure, chance }) => {
@@ -313,6 +320,10 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
                 }
                 (Verdict::GiveUp, _) => S::Condemned(Doom::Exhausted { attempts: run.attempt }),
             }
+        }
+        // The wait ended its start; the next one waits for its turn again.
+        (S::Holding { run: Run { attempt, company: Company::Alone, .. }, .. }, F::Waited) => {
+            S::Suspected { attempt: attempt + 1, company: Company::Alone }
         }
         (S::Holding { run, .. }, F::Waited) => S::Running(Run { attempt: run.attempt + 1, ..run }),
 

@@ -16,7 +16,7 @@ async fn supervise(lab: &Lab, outcomes: usize) -> anyhow::Result<(Process, usize
     loop {
         if !worker.is_running() {
             deaths += 1;
-            ensure!(deaths <= 10, "the worker dies again and again{}", lab.logs());
+            ensure!(deaths <= 15, "the worker dies again and again{}", lab.logs());
             worker = lab.worker()?;
         }
         if lab.inbox() >= outcomes && lab.outbox() == 0 {
@@ -29,7 +29,19 @@ async fn supervise(lab: &Lab, outcomes: usize) -> anyhow::Result<(Process, usize
 
 /// Good events, and poison somewhere among them; only the poison may die.
 async fn only_poison_dies(name: &str, good: usize, keys: usize, poison: &[(usize, Value)]) -> anyhow::Result<()> {
+    only_poison_dies_by(3, name, good, keys, poison).await
+}
+
+/// The same, after so many deaths.
+async fn only_poison_dies_by(
+    limit: usize,
+    name: &str,
+    good: usize,
+    keys: usize,
+    poison: &[(usize, Value)],
+) -> anyhow::Result<()> {
     let mut lab = Lab::new(name)?;
+    lab.set("WARREN_CRASH_LIMIT", &limit.to_string());
     lab.set("WARREN_ROUTES", &lab.fresh_route(""));
     lab.declare().await?;
     let heard = lab.recorded().await?;
@@ -47,8 +59,8 @@ async fn only_poison_dies(name: &str, good: usize, keys: usize, poison: &[(usize
     }
     ensure!(dead.len() == poison.len(), "the dead are {dead:?}");
     ensure!(ledger.adds_up() && ledger.handled == good, "{ledger:?}");
-    ensure!(deaths <= 3 * poison.len(), "{deaths} deaths of the process by {} events", poison.len());
-    ensure!(deaths >= 3, "{deaths} deaths do not prove that it is the event");
+    ensure!(deaths <= limit * poison.len(), "{deaths} deaths of the process by {} events", poison.len());
+    ensure!(deaths >= limit, "{deaths} deaths do not prove that it is the event");
     lab.calls_in_order()?;
     ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
     ensure!(lab.starts() == 0 && lab.queued().await? == 0, "{} starts, {} queued", lab.starts(), lab.queued().await?);
@@ -78,6 +90,18 @@ async fn poison_amid_as_many_others_as_can_run_at_once_dies_alone() -> anyhow::R
 async fn two_poisons_at_once_both_die_and_nobody_else() -> anyhow::Result<()> {
     let both = [(20, poison("poison-a", "p")), (40, poison("poison-b", "q"))];
     only_poison_dies("poison-two", 300, 40, &both).await
+}
+
+#[tokio::test]
+async fn where_two_deaths_condemn_nobody_dies_for_the_others_either() -> anyhow::Result<()> {
+    let both = [(20, poison("poison-a", "p")), (40, poison("poison-b", "q"))];
+    only_poison_dies_by(2, "poison-harsh", 300, 40, &both).await
+}
+
+#[tokio::test]
+async fn a_crowd_of_poisons_dies_and_nobody_else() -> anyhow::Result<()> {
+    let crowd: Vec<_> = (0..5).map(|n| (10 * n, poison(&format!("poison-{n}"), &format!("p{n}")))).collect();
+    only_poison_dies("poison-many", 200, 40, &crowd).await
 }
 
 /// Publishes a message as systems do that know nothing of Warren, without a `message_id`.

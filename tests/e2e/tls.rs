@@ -9,8 +9,9 @@ use warren_tests::raw::free_port;
 use warren_tests::{Authority, Lab, Pair, Postgres, Rabbit, Tap, event, until};
 
 const PATIENCE: Duration = Duration::from_secs(90);
-/// What waiting does not cure is said sooner than `WARREN_CONNECT_TIMEOUT`.
-const AT_ONCE: Duration = Duration::from_secs(6);
+/// What waiting does not cure is said sooner than that.
+const CONNECT_TIMEOUT: &str = "60s";
+const AT_ONCE: Duration = Duration::from_secs(30);
 
 /// A broker that speaks with TLS clients alone that it knows, and a tap before it.
 struct Site {
@@ -39,6 +40,7 @@ impl Site {
         let tap = Tap::before(port).await?;
         ca.client("shop")?.write(&dir, "client")?;
         lab.set("AMQP_URL", &format!("amqps://guest:guest@{}/{name}", tap.address));
+        lab.set("WARREN_CONNECT_TIMEOUT", CONNECT_TIMEOUT);
         lab.set("AMQP_CA_FILE", &dir.join("ca.pem").display().to_string());
         lab.set("AMQP_CERT_FILE", &dir.join("client.pem").display().to_string());
         lab.set("AMQP_KEY_FILE", &dir.join("client.key").display().to_string());
@@ -192,6 +194,7 @@ async fn a_worker_waits_for_a_certificate_to_be_renewed_on_its_own_broker() -> a
 #[tokio::test]
 async fn an_own_database_is_trusted_by_its_certificate_alone() -> anyhow::Result<()> {
     let mut lab = Lab::new("tls-postgres")?.with_store(Postgres::private("tls-postgres")?);
+    lab.set("WARREN_CONNECT_TIMEOUT", CONNECT_TIMEOUT);
     lab.declare().await?;
     let ca = Authority::new("ours")?;
     let url = lab.postgres.as_ref().context("a database")?.url().to_owned();

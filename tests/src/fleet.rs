@@ -269,6 +269,18 @@ impl Lab {
         Ok(map)
     }
 
+    /// Waits until so many workers are heard, and no more.
+    ///
+    /// # Errors
+    /// They are not in time.
+    pub async fn heard(&self, workers: usize, patience: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while self.map(workers).await?.workers != workers {
+            ensure!(started.elapsed() < patience, "not {workers} workers within {patience:?}{}", self.logs());
+        }
+        Ok(())
+    }
+
     /// Waits until so many workers have found their places; returns them and how long that took.
     ///
     /// # Errors

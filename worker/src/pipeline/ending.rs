@@ -18,14 +18,13 @@ impl Pipeline {
         }
         self.leave_holds(|_| true, Fact::Interrupted);
         for id in std::mem::take(&mut self.alone) {
-            self.fact(id, Fact::Interrupted);
+            self.fact(id, Fact::Gone);
         }
     }
 
     pub(super) fn interrupt(&mut self) {
         let running = |job: &Job| matches!(job.state, State::Running(_));
         let ids: Vec<Id> = self.jobs.iter().filter(|(_, job)| running(job)).map(|(id, _)| *id).collect();
-        self.alone.clear();
         if !ids.is_empty() {
             tracing::warn!(events = ids.len(), "the drain is over: handlers are interrupted, their events come again");
         }

@@ -147,10 +147,9 @@ impl Pipeline {
         let (ready, staying) = std::mem::take(&mut self.ready).into_iter().partition(|id| self.is_of(id, epoch));
         self.ready = staying;
         VecDeque::into_iter(ready).for_each(|id| self.fact(id, Fact::Gone));
-        // The next owner must not take it for what killed this process.
         let (alone, staying) = std::mem::take(&mut self.alone).into_iter().partition(|id| self.is_of(id, epoch));
         self.alone = staying;
-        VecDeque::into_iter(alone).for_each(|id| self.fact(id, Fact::Interrupted));
+        VecDeque::into_iter(alone).for_each(|id| self.fact(id, Fact::Gone));
     }
 
     fn is_of(&self, id: &Id, epoch: u64) -> bool {

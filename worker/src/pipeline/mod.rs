@@ -58,6 +58,7 @@ enum News {
     Relayed(Vec<Id>, Result<Vec<Row>, StoreError>),
     Published(Vec<Id>, Vec<Published>),
     Handled(Vec<(Id, handler::Outcome)>),
+    Noted(Id),
     Waited(Id),
     Rested(Station),
 }
@@ -266,6 +267,7 @@ impl Pipeline {
             News::Relayed(ids, answer) => self.relayed(ids, answer),
             News::Published(ids, outcomes) => self.published(ids, outcomes),
             News::Handled(outcomes) => outcomes.into_iter().for_each(|(id, outcome)| self.handled(id, outcome)),
+            News::Noted(id) => self.noted(id),
             News::Waited(id) => self.fact(id, Fact::Waited),
             News::Rested(station) => self.station_mut(station).busy = false,
         }
@@ -307,7 +309,10 @@ impl Pipeline {
     fn perform(&mut self, id: Id, action: Action) {
         match action {
             Action::Look => self.enqueue(Station::Look, id),
-            Action::Record => self.mark(id),
+            Action::Record(Company::Shared) => self.mark(id),
+            // It would not begin in a drain.
+            Action::Record(Company::Alone) if self.draining => self.fact(id, Fact::Gone),
+            Action::Record(Company::Alone) => self.alone.push_back(id),
             Action::Release => match self.jobs.get(&id).map(|job| job.mark) {
                 Some(Mark::Absent) => self.fact(id, Fact::Released),
                 // Where the store was asked already, its answer leads on.
@@ -320,15 +325,6 @@ impl Pipeline {
                 }
             }
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
-            // Its start counts when its turn comes: whoever waits is not to blame for a death before that.
-            Action::Run(run) if run.company == Company::Alone => {
-                // Its effect was outdated: it waits for another turn.
-                if self.solo == Some(id) {
-                    self.solo = None;
-                }
-                self.alone.push_back(id);
-                self.unmark(id);
-            }
             Action::Run(_) => self.launch(id),
             Action::Hold(run, after) => self.hold(id, run.attempt, after),
             Action::Ack => {

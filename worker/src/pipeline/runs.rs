@@ -16,6 +16,8 @@ use warren_shared::retry::Failure;
 
 /// Handlers that end at once may share a task for so long.
 const BRIEF: Duration = Duration::from_micros(500);
+/// A note that the store refused is tried again after so long.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// A handler's call.
 pub(super) struct Started {
@@ -155,34 +157,38 @@ impl Pipeline {
     }
 
     pub(super) fn hold(&mut self, id: Id, failed: u32, after: Duration) {
-        if self.solo == Some(id) {
-            self.solo = None;
-        }
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let (store, tell, suspect) = (self.parts.store.clone(), self.tell.clone(), job.suspect());
         let task = tokio::spawn(async move {
-            // A note that is lost costs repeated attempts after a crash, not the event.
-            if let Some(suspect) = suspect
+            // Before anything else may begin: a death while its start counts would be laid at its door.
+            while let Some(suspect) = suspect
                 && let Err(error) = store.note(suspect, failed).await
             {
-                tracing::warn!(%error, "a failed attempt cannot be noted");
+                tracing::warn!(%error, "a failed attempt cannot be noted, trying again: its key waits");
+                tokio::time::sleep(AGAIN).await;
             }
+            let _ = tell.send(News::Noted(id));
             tokio::time::sleep(after).await;
             let _ = tell.send(News::Waited(id));
         });
         job.abort = Some(task.abort_handle());
     }
 
+    /// The failed attempt is noted, which ended its start.
+    pub(super) fn noted(&mut self, id: Id) {
+        if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.mark == Mark::Present) {
+            job.mark = Mark::Absent;
+        }
+        if self.solo == Some(id) {
+            self.solo = None;
+        }
+    }
+
     pub(super) fn started(&mut self, id: Id, start: Start) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.mark = Mark::Present;
-        match job.state {
-            // Its turn has come: what the store knew was told before.
-            State::Running(_) => self.launch(id),
-            // It was interrupted meanwhile.
-            State::Leaving(_) => self.unmark(id),
-            _ => self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed }),
-        }
+        let Action::Record(company) = job.state.action() else { return };
+        job.mark = if start.counts(company) { Mark::Present } else { Mark::Absent };
+        self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed });
         if self.jobs.get(&id).is_some_and(|job| !job.ticket.is_live()) {
             self.unmark(id);
         }
@@ -196,7 +202,7 @@ impl Pipeline {
         }
     }
 
-    /// Has the store count a start.
+    /// Has the store count a start, in company only the first.
     pub(super) fn mark(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.mark = Mark::Coming;

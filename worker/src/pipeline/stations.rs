@@ -364,7 +364,12 @@ impl Pipeline {
                 self.ask(async move { News::Loaded(ids, store.load(states).await) });
             }
             Station::Start => {
-                let events = self.suspects(&ids);
+                let event = |id: &Id| {
+                    let job = self.jobs.get(id)?;
+                    let Action::Record(company) = job.state.action() else { return None };
+                    Some((job.suspect()?, company))
+                };
+                let events = ids.iter().filter_map(event).collect();
                 self.ask(async move { News::Started(ids, store.start(events).await) });
             }
             Station::Unstart => {
@@ -415,8 +420,7 @@ impl Pipeline {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         // What was to be counted is not.
         job.mark = if job.mark == Mark::Coming { Mark::Absent } else { job.mark };
-        let fact = if matches!(job.state, State::Running(_)) { Fact::Interrupted } else { Fact::Gone };
-        self.fact(id, fact);
+        self.fact(id, Fact::Gone);
     }
 
     pub(super) fn suspects(&self, ids: &[Id]) -> Vec<Identity> {

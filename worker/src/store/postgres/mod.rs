@@ -18,7 +18,7 @@ use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
 use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -26,6 +26,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 use warren_publisher::postgres::Postgres as Server;
+use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// Connections for the store's own calls: a batch of each kind may be under way.
@@ -311,33 +312,47 @@ impl Inner {
         Ok(rows)
     }
 
-    async fn start(&self, events: &[Identity]) -> Result<Vec<Start>, StoreError> {
-        let (identities, counts) = counted(events);
-        let sql = format!(
-            "INSERT INTO {}.starts AS s SELECT identity, count, 0, clock_timestamp()
-                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, count)
-             ON CONFLICT (identity) DO UPDATE SET starts = s.starts + excluded.starts, at = excluded.at
-             RETURNING identity, starts, failed",
-            self.schema
-        );
-        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
-        let rows = self.write(&sql, values).await?;
-        let after: HashMap<Uuid, (i32, i32)> = rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
-        // Of several starts of one event in a call, each counts those before it.
-        let mut before: HashMap<Uuid, i32> = HashMap::new();
-        for (identity, count) in identities.iter().zip(counts) {
-            before.insert(*identity, after.get(identity).map_or(0, |(starts, _)| starts - count));
+    async fn start(&self, events: &[(Identity, Company)]) -> Result<Vec<Start>, StoreError> {
+        let s = &self.schema;
+        let of = |company| events.iter().filter(move |(_, c)| *c == company).map(|(event, _)| uuid(event));
+        // In one order, that no two workers lock each other out.
+        let shared: Vec<Uuid> = of(Company::Shared).collect::<BTreeSet<_>>().into_iter().collect();
+        let mut first: HashMap<Uuid, Start> = HashMap::new();
+        let mut known: HashMap<Uuid, Start> = HashMap::new();
+        if !shared.is_empty() {
+            let sql = format!(
+                "INSERT INTO {s}.starts AS s SELECT identity, 1, 0, clock_timestamp() FROM unnest($1::uuid[]) AS e(identity)
+                 ON CONFLICT (identity) DO UPDATE SET starts = 1, at = excluded.at WHERE s.starts = 0
+                 RETURNING identity, 0, failed"
+            );
+            let counted = self.write(&sql, &[(&shared, Type::UUID_ARRAY)]).await?;
+            first.extend(counted.iter().map(|row| (row.get(0), start(row))));
+            // What was not counted is there; where it has gone since, it was.
+            let sql = format!("SELECT identity, greatest(starts, 1), failed FROM {s}.starts WHERE identity = ANY($1)");
+            if first.len() < of(Company::Shared).count() {
+                let rows = self.write(&sql, &[(&shared, Type::UUID_ARRAY)]).await?;
+                known.extend(rows.iter().map(|row| (row.get(0), start(row))));
+            }
         }
-        let start = |event: &Identity| {
-            let unfinished = before.entry(uuid(event)).or_default();
-            let start = Start {
-                unfinished: u32::try_from(*unfinished).unwrap_or(0),
-                failed: after.get(&uuid(event)).map_or(0, |(_, failed)| u32::try_from(*failed).unwrap_or(0)),
-            };
-            *unfinished += 1;
-            start
-        };
-        Ok(events.iter().map(start).collect())
+        let sql = format!(
+            "INSERT INTO {s}.starts AS s VALUES ($1, 1, 0, clock_timestamp())
+             ON CONFLICT (identity) DO UPDATE SET starts = s.starts + 1, at = excluded.at
+             RETURNING identity, starts - 1, failed"
+        );
+        let mut starts = Vec::with_capacity(events.len());
+        for (event, company) in events {
+            let event = uuid(event);
+            starts.push(match company {
+                Company::Shared => first
+                    .remove(&event)
+                    .unwrap_or_else(|| known.get(&event).copied().unwrap_or(Start { unfinished: 1, failed: 0 })),
+                // One at a time, but for stores under test.
+                Company::Alone => {
+                    self.write(&sql, &[(&event, Type::UUID)]).await?.first().map_or_else(Start::default, start)
+                }
+            });
+        }
+        Ok(starts)
     }
 
     async fn unstart(&self, events: &[Identity]) -> Result<(), StoreError> {
@@ -388,7 +403,7 @@ impl Store for Postgres {
         self.call(|inner| async move { inner.look(&asked).await })
     }
 
-    fn start(&self, events: Vec<Identity>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<(Identity, Company)>) -> Reply<Vec<Start>> {
         self.call(|inner| async move { inner.start(&events).await })
     }
 
@@ -493,6 +508,12 @@ fn current(
 }
 
 /// Each identity once, with how often it stands there, in an order in which two calls do not lock each other out.
+/// The second and the third column.
+fn start(row: &tokio_postgres::Row) -> Start {
+    let count = |column: usize| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
+    Start { unfinished: count(1), failed: count(2) }
+}
+
 fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
     let mut counts: BTreeMap<Uuid, i32> = BTreeMap::new();
     for event in events {

@@ -7,12 +7,13 @@ mod state;
 
 use self::inbox::{Fresh, Inbox};
 use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
-use rusqlite::{Connection, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 use uuid::Uuid;
+use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// The schema, a step an entry; a store remembers how many it has.
@@ -263,16 +264,22 @@ impl Store for Sqlite {
         })
     }
 
-    fn start(&self, events: Vec<Identity>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<(Identity, Company)>) -> Reply<Vec<Start>> {
         self.run(move |tx| {
-            let mut upsert = tx.prepare_cached(
+            let mut known = tx.prepare_cached("SELECT starts, failed FROM starts WHERE identity = ?1")?;
+            let mut count = tx.prepare_cached(
                 "INSERT INTO starts VALUES (?1, 1, 0, ?2)
-                 ON CONFLICT (identity) DO UPDATE SET starts = starts + 1, at = excluded.at RETURNING starts, failed",
+                 ON CONFLICT (identity) DO UPDATE SET starts = starts + 1, at = excluded.at",
             )?;
-            let before = |row: &rusqlite::Row<'_>| {
-                Ok(Start { unfinished: row.get::<_, u32>(0)?.saturating_sub(1), failed: row.get(1)? })
+            let start = |(event, company): &(Identity, Company)| {
+                let before = |row: &rusqlite::Row<'_>| Ok(Start { unfinished: row.get(0)?, failed: row.get(1)? });
+                let before = known.query_row([event.as_bytes()], before).optional()?.unwrap_or_default();
+                if before.counts(*company) {
+                    count.execute(params![event.as_bytes(), now()])?;
+                }
+                Ok(before)
             };
-            events.iter().map(|event| upsert.query_row(params![event.as_bytes(), now()], before)).collect()
+            events.iter().map(start).collect()
         })
     }
 
