@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use warren_tests::process::expect_exit;
 use warren_tests::trace::{self, Call};
-use warren_tests::{Answers, Fleet, Lab, Proxy, Trace, event, quantile, until};
+use warren_tests::{Answers, Fleet, Lab, Map, Proxy, Trace, event, quantile, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -39,7 +39,7 @@ async fn one_three_eight_two_workers_share_the_partitions_and_keep_every_promise
     fleet.scale(&lab, 1).await?;
     let (mut map, _) = lab.balanced(1, PATIENCE).await?;
     // What two slow cores bear with everything built for debugging; TEST_RATE offers more.
-    let rate = std::env::var("TEST_RATE").ok().and_then(|rate| rate.parse().ok()).unwrap_or(500);
+    let rate = std::env::var("TEST_RATE").ok().and_then(|rate| rate.parse().ok()).unwrap_or(250);
     let load = lab.load(rate, 960)?;
     lab.progressed(3_000, PATIENCE).await?;
     let (mut moved, mut ideal) = (0, 0);
@@ -48,17 +48,19 @@ async fn one_three_eight_two_workers_share_the_partitions_and_keep_every_promise
         let changed = Instant::now();
         fleet.scale(&lab, count).await?;
         // Until they are all heard, programs start, and on two cores that take each other's time.
-        lab.heard(count, PATIENCE).await?;
+        lab.until_map(count, PATIENCE, |map| map.workers == count).await?;
         let starting = changed.elapsed();
-        let (after, took) = lab.balanced(count, Duration::from_secs(10)).await?;
+        let even = |map: &Map| map.workers == count && map.active.len() == 48 && map.spread() <= 1;
+        let (_, even) = lab.until_map(count, Duration::from_secs(10), even).await.context("not even")?;
+        let (after, settled) = lab.balanced(count, PATIENCE).await?;
         let (now, least) = (map.moved(&after), map.ideal(&after));
         println!(
-            "{count} workers: {now} partitions moved, {least} had to; all heard after {starting:.1?}, balanced {took:.1?} \
-             later, spread {}",
+            "{count} workers: {now} partitions moved, {least} had to; all heard after {starting:.1?}, even {even:.1?} later, \
+             standbys too after another {settled:.1?}, spread {}",
             after.spread()
         );
         (moved, ideal, map) = (moved + now, ideal + least, after);
-        lab.progressed(before + 5_000, PATIENCE).await?;
+        lab.progressed(before + 3_000, PATIENCE).await?;
     }
     ensure!(moved * 10 <= ideal * 12, "{moved} partitions moved, {ideal} had to");
     let ids = load.finish().await?;

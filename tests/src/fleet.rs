@@ -269,31 +269,33 @@ impl Lab {
         Ok(map)
     }
 
-    /// Waits until so many workers are heard, and no more.
-    ///
-    /// # Errors
-    /// They are not in time.
-    pub async fn heard(&self, workers: usize, patience: Duration) -> anyhow::Result<()> {
-        let started = Instant::now();
-        while self.map(workers).await?.workers != workers {
-            ensure!(started.elapsed() < patience, "not {workers} workers within {patience:?}{}", self.logs());
-        }
-        Ok(())
-    }
-
-    /// Waits until so many workers have found their places; returns them and how long that took.
+    /// Waits until so many workers have found their places, standbys too; returns them and how long that took.
     ///
     /// # Errors
     /// They do not in time.
     pub async fn balanced(&self, workers: usize, patience: Duration) -> anyhow::Result<(Map, Duration)> {
+        let balanced = |map: &Map| map.settled && map.workers == workers && map.spread() <= 1;
+        self.until_map(workers, patience, balanced).await.context("not balanced")
+    }
+
+    /// Waits until the pool's map is like that; returns it and how long that took.
+    ///
+    /// # Errors
+    /// It is not in time.
+    pub async fn until_map(
+        &self,
+        workers: usize,
+        patience: Duration,
+        ready: impl Fn(&Map) -> bool,
+    ) -> anyhow::Result<(Map, Duration)> {
         let started = Instant::now();
         loop {
             let map = self.map(workers).await?;
-            if map.settled && map.workers == workers && map.spread() <= 1 {
+            if ready(&map) {
                 return Ok((map, started.elapsed()));
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
-            ensure!(started.elapsed() < patience, "not balanced within {patience:?}: {map:?}{}", self.logs());
+            ensure!(started.elapsed() < patience, "not within {patience:?}: {map:?}{}", self.logs());
         }
     }
 
