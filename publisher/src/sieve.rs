@@ -100,8 +100,10 @@ const FRAME: usize = 16 << 20;
 /// A stream whose incoming frames are mended.
 struct Sieve<S> {
     inner: S,
-    /// What was read and not handed on.
+    /// Room for what is read; only ever zeroed when it grows, as most reads are much shorter.
     bytes: Vec<u8>,
+    /// Up to here it was read.
+    end: usize,
     /// Up to here it was handed on.
     taken: usize,
     /// Up to here it is mended.
@@ -112,13 +114,13 @@ struct Sieve<S> {
 
 impl<S> Sieve<S> {
     fn new(inner: S) -> Self {
-        Self { inner, bytes: Vec::new(), taken: 0, clean: 0, passing: 0 }
+        Self { inner, bytes: Vec::new(), end: 0, taken: 0, clean: 0, passing: 0 }
     }
 
     /// Mends what is there as far as it is whole.
     fn sift(&mut self) {
         loop {
-            let rest = &mut self.bytes[self.clean..];
+            let rest = &mut self.bytes[self.clean..self.end];
             if self.passing > 0 {
                 let passed = self.passing.min(rest.len());
                 self.clean += passed;
@@ -153,14 +155,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         while this.taken == this.clean {
-            this.bytes.drain(..this.taken);
+            this.bytes.copy_within(this.taken..this.end, 0);
+            this.end -= this.taken;
             (this.taken, this.clean) = (0, 0);
-            let held = this.bytes.len();
-            this.bytes.resize(held + READ, 0);
-            let read = Pin::new(&mut this.inner).poll_read(cx, &mut this.bytes[held..]);
-            this.bytes.truncate(held + if let Poll::Ready(Ok(n)) = &read { *n } else { 0 });
-            if ready!(read)? == 0 {
-                return Poll::Ready(Ok(0));
+            // A frame that is not whole yet takes more room, as long as it is here.
+            if this.end == 0 {
+                this.bytes.resize(READ, 0);
+                this.bytes.shrink_to(4 * READ);
+            } else if this.bytes.len() < this.end + READ {
+                this.bytes.resize(this.end + READ, 0);
+            }
+            match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut this.bytes[this.end..]))? {
+                0 => return Poll::Ready(Ok(0)),
+                read => this.end += read,
             }
             this.sift();
         }
@@ -343,10 +350,40 @@ mod tests {
         let mut sieve = Sieve::new(());
         for part in stream.chunks(chunk) {
             sieve.bytes.extend_from_slice(part);
+            sieve.end += part.len();
             sieve.sift();
         }
         assert_eq!(sieve.clean, stream.len());
         sieve.bytes
+    }
+
+    /// A stream that brings at most so much at once.
+    struct Drip<'a>(&'a [u8], usize);
+
+    impl AsyncRead for Drip<'_> {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+            let n = self.1.min(self.0.len()).min(into.len());
+            into[..n].copy_from_slice(&self.0[..n]);
+            self.0 = &self.0[n..];
+            Poll::Ready(Ok(n))
+        }
+    }
+
+    #[test]
+    fn what_is_whole_comes_through_however_it_is_cut_and_room_is_given_back() {
+        let huge = frame(1, &vec![7; 20 * READ]);
+        let stream = [frame(8, b""), huge, frame(3, &[9; 3 * READ]), frame(1, b"method"), frame(8, b"")].concat();
+        for (chunk, taken) in [(1000, 17), (READ, 5), (3 * READ, READ)] {
+            let mut sieve = Sieve::new(Drip(&stream, chunk));
+            let (mut out, mut into) = (Vec::new(), vec![0; taken]);
+            while let Poll::Ready(Ok(n @ 1..)) =
+                Pin::new(&mut sieve).poll_read(&mut Context::from_waker(std::task::Waker::noop()), &mut into)
+            {
+                out.extend_from_slice(&into[..n]);
+            }
+            assert!(out == stream, "cut by {chunk}, taken by {taken}");
+            assert!(sieve.bytes.capacity() <= 4 * READ, "{} bytes are kept", sieve.bytes.capacity());
+        }
     }
 
     #[test]
