@@ -29,8 +29,8 @@ pub enum State {
     Suspected {
         /// The attempt that it will be.
         attempt: u32,
-        /// Who may run beside it.
-        company: Company,
+        /// What is recorded.
+        start: Start,
     },
     /// Its handler runs.
     Running(Run),
@@ -75,6 +75,15 @@ pub struct Run {
     pub company: Company,
     /// Whether its start was recorded.
     pub record: Record,
+}
+
+/// A start to record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Which one it is, counted from 1: where so many are recorded, nothing changes. To repeat it does no harm; 0 only asks.
+    pub nth: u32,
+    /// Who may run beside it: alone it is recorded when nothing else runs.
+    pub company: Company,
 }
 
 /// Who may run beside a handler.
@@ -152,9 +161,9 @@ pub enum Fact {
         /// The attempt that it is.
         attempt: u32,
     },
-    /// The start is recorded: one in company only where no earlier one is.
+    /// The start is recorded.
     Recorded {
-        /// Earlier recorded starts that never finished.
+        /// Recorded starts before this one that never finished.
         unfinished: u32,
         /// Attempts that failed in place before.
         failed: u32,
@@ -195,8 +204,8 @@ pub enum Fact {
 pub enum Action {
     /// Look up its identity.
     Look,
-    /// Record its start, and tell the earlier ones: in company only where there is none, alone when nothing else runs.
-    Record(Company),
+    /// Record its start, and tell the earlier ones.
+    Record(Start),
     /// Call the handler.
     Run(Run),
     /// Note the failed attempt, then wait; the key waits too.
@@ -258,7 +267,7 @@ impl State {
     pub fn action(self) -> Action {
         match self {
             Self::Received => Action::Look,
-            Self::Suspected { company, .. } => Action::Record(company),
+            Self::Suspected { start, .. } => Action::Record(start),
             Self::Running(run) => Action::Run(run),
             Self::Holding { run, after } => Action::Hold(run, after),
             Self::Succeeded(_) => Action::CommitDone,
@@ -292,19 +301,27 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Received, F::Fresh { attempt }) => {
             S::Running(Run { attempt, company: Company::Shared, record: Record::Absent })
         }
-        // Where one more death condemns, there is none to spare for company.
+        // Where the first recorded death condemns, there is none to spare for company.
         (S::Received, F::Redelivered { attempt }) => {
-            S::Suspected { attempt, company: if law.crash_limit > 2 { Company::Shared } else { Company::Alone } }
+            let nth = u32::from(law.crash_limit > 2);
+            S::Suspected { attempt, start: Start { nth, company: Company::Shared } }
         }
 
-        // The death that led to the first redelivery was not recorded, so it counts as one more.
-        (S::Suspected { .. }, F::Recorded { unfinished, .. }) if unfinished + 1 >= law.crash_limit => {
-            S::Condemned(Doom::Crash { attempts: unfinished + 1 })
+        (
+            S::Suspected { attempt, start: Start { nth, company: Company::Shared } },
+            F::Recorded { unfinished, failed },
+        ) => {
+            // The death that led to the first redelivery was not recorded, so it counts as one more.
+            if unfinished + 1 >= law.crash_limit {
+                S::Condemned(Doom::Crash { attempts: unfinished + 1 })
+            } else if nth > unfinished {
+                S::Running(Run { attempt: attempt.max(failed + 1), company: Company::Shared, record: Record::Present })
+            } else {
+                S::Suspected { attempt, start: Start { nth: unfinished + 1, company: Company::Alone } }
+            }
         }
-        (S::Suspected { attempt, company: Company::Shared }, F::Recorded { unfinished: 1.., .. }) => {
-            S::Suspected { attempt, company: Company::Alone }
-        }
-        (S::Suspected { attempt, company }, F::Recorded { failed, .. }) => {
+        // What was known before may be this very start, if its first answer was lost.
+        (S::Suspected { attempt, start: Start { company, .. } }, F::Recorded { failed, .. }) => {
             S::Running(Run { attempt: attempt.max(failed + 1), company, record: Record::Present })
         }
 
@@ -321,9 +338,9 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
                 (Verdict::GiveUp, _) => S::Condemned(Doom::Exhausted { attempts: run.attempt }),
             }
         }
-        // The wait ended its start; the next one waits for its turn again.
+        // The note of the failure ended its starts; the next one waits for its turn again.
         (S::Holding { run: Run { attempt, company: Company::Alone, .. }, .. }, F::Waited) => {
-            S::Suspected { attempt: attempt + 1, company: Company::Alone }
+            S::Suspected { attempt: attempt + 1, start: Start { nth: 1, company: Company::Alone } }
         }
         (S::Holding { run, .. }, F::Waited) => S::Running(Run { attempt: run.attempt + 1, ..run }),
 

@@ -99,8 +99,8 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
     let (after, attempt) = (Duration::from_secs(1), 1);
     let states = [
         State::Received,
-        State::Suspected { attempt, company: Company::Shared },
-        State::Suspected { attempt, company: Company::Alone },
+        State::Suspected { attempt, start: Start { nth: 1, company: Company::Shared } },
+        State::Suspected { attempt, start: Start { nth: 2, company: Company::Alone } },
         State::Running(run),
         State::Holding { run, after },
         State::Succeeded(run),
@@ -170,9 +170,9 @@ fn a_poison_event_dies_after_the_crash_limit_and_never_shares_a_second_recorded_
     let doom = loop {
         let fact = if again { Fact::Redelivered { attempt: 1 } } else { Fact::Fresh { attempt: 1 } };
         let (mut state, mut action) = next(State::Received, fact, &law).expect("legal");
-        while let Action::Record(company) = action {
+        while let Action::Record(start) = action {
             let recorded = Fact::Recorded { unfinished: starts, failed: 0 };
-            starts += u32::from(company == Company::Alone || starts == 0);
+            starts = starts.max(start.nth);
             (state, action) = next(state, recorded, &law).expect("legal");
         }
         match (state, action) {
@@ -218,14 +218,16 @@ impl Crowd {
 
     /// What may happen next to a member; nothing where it waits.
     fn after(&self, n: usize) -> Option<Self> {
-        let waiting = |m: &Member| m.state.action() == Action::Record(Company::Alone);
+        let waiting = |m: &Member| matches!(m.state.action(), Action::Record(Start { company: Company::Alone, .. }));
         let idle = |m: &Member| matches!(m.state, State::Received | State::Settled) || waiting(m);
         let me = &self.members[n];
         let action = me.state.action();
         let waits = match action {
             // Beside a suspect nothing more is taken.
             Action::Look => self.solo.is_some() || self.members.iter().any(waiting),
-            Action::Record(Company::Alone) => self.solo.is_some() || !self.members.iter().all(idle),
+            Action::Record(Start { company: Company::Alone, .. }) => {
+                self.solo.is_some() || !self.members.iter().all(idle)
+            }
             Action::Stop => true,
             _ => false,
         };
@@ -237,10 +239,10 @@ impl Crowd {
         let fact = match action {
             Action::Look if me.again => Fact::Redelivered { attempt: 1 },
             Action::Look => Fact::Fresh { attempt: 1 },
-            Action::Record(company) => {
+            Action::Record(start) => {
                 let recorded = Fact::Recorded { unfinished: me.starts, failed: 0 };
-                me.starts += u32::from(company == Company::Alone || me.starts == 0);
-                next.solo = next.solo.or((company == Company::Alone).then_some(n));
+                me.starts = me.starts.max(start.nth);
+                next.solo = next.solo.or((start.company == Company::Alone).then_some(n));
                 recorded
             }
             Action::Run(_) if !me.runs => {

@@ -53,6 +53,7 @@ pub(super) struct World {
     /// Recorded starts that never finished, and attempts that failed in place.
     starts: u32,
     failed: u32,
+    crashes: u32,
     pub(super) effects: u32,
     pub(super) letters: u32,
     /// Runs and deliveries, each with the most that there may be.
@@ -75,6 +76,8 @@ struct Life {
     /// What the last run came to.
     result: Option<Fact>,
     released: bool,
+    /// A start was recorded, and nobody heard of it.
+    unsure: bool,
     outcome: bool,
     proof: bool,
     acked: bool,
@@ -100,6 +103,7 @@ impl World {
             outcome: None,
             starts: 0,
             failed: 0,
+            crashes: 0,
             effects: 0,
             letters: 0,
             runs: (0, law.retry.attempts * chains + left.outdated),
@@ -141,13 +145,17 @@ impl World {
         loop {
             let action = state.action();
             if action == Action::Stop {
-                assert!(!life.recorded || life.released || life.outcome, "left a record behind: {life:?} {self:?}");
+                assert!(
+                    !life.recorded || life.released || life.outcome || life.unsure,
+                    "left a record behind: {life:?} {self:?}"
+                );
                 assert_eq!(state == State::Settled, life.acked, "{life:?} {self:?}");
                 assert!(life.acked || life.excused, "abandoned without need: {life:?} {self:?}");
                 return if life.acked { End::Settled } else { End::Returned };
             }
             // A crash before an action is also the crash after the one before it, and the crash of a handler.
             if self.spend(oracle, |t| &mut t.crashes) {
+                self.crashes += 1;
                 return End::Returned;
             }
             let fact = self.befall(action, &mut life, oracle);
@@ -178,9 +186,10 @@ impl World {
             return if drained { Fact::Interrupted } else { Fact::Gone };
         }
         if !matches!(action, A::Run(_)) && self.spend(oracle, |t| &mut t.breaks) {
-            let remote = matches!(action, A::Park { .. } | A::Bury | A::CommitDone | A::CommitDead(_));
+            let remote = matches!(action, A::Park { .. } | A::Bury | A::CommitDone | A::CommitDead(_) | A::Record(_));
             if remote && oracle.choose(2) == 1 {
                 self.perform(action, life, oracle);
+                life.unsure |= matches!(action, A::Record(_));
             }
             return Fact::Broken;
         }
@@ -197,12 +206,15 @@ impl World {
             Action::Look if self.content == Content::Unrouted => Fact::Unrouted,
             Action::Look if life.copy.again => Fact::Redelivered { attempt: life.attempt },
             Action::Look => Fact::Fresh { attempt: life.attempt },
-            Action::Record(company) => {
-                life.unfinished = self.starts;
-                life.recorded = company == Company::Alone || self.starts == 0;
+            Action::Record(start) => {
+                let before = self.starts;
+                if start.company == Company::Shared {
+                    life.unfinished = self.starts;
+                }
+                life.recorded = start.company == Company::Alone || self.starts < start.nth;
                 life.attempt = life.attempt.max(self.failed + 1);
-                self.starts += u32::from(life.recorded);
-                Fact::Recorded { unfinished: life.unfinished, failed: self.failed }
+                self.starts = self.starts.max(start.nth);
+                Fact::Recorded { unfinished: before, failed: self.failed }
             }
             Action::Run(run) => self.run(run, life, oracle),
             Action::Hold(run, after) => {
@@ -303,7 +315,11 @@ impl Life {
             Doom::NoRoute => world.content == Content::Unrouted && self.result.is_none(),
             Doom::Permanent { attempts } => after(Failure::Permanent) && attempts == self.attempt,
             Doom::Exhausted { attempts } => after(TRANSIENT) && attempts == world.law.retry.attempts,
-            Doom::Crash { attempts } => attempts == self.unfinished + 1 && attempts >= world.law.crash_limit,
+            Doom::Crash { attempts } => {
+                attempts == self.unfinished + 1
+                    && attempts >= world.law.crash_limit
+                    && world.crashes + 1 >= world.law.crash_limit
+            }
         };
         assert!(deserved, "{doom:?} is not what happened: {self:?} {world:?}");
     }

@@ -309,10 +309,10 @@ impl Pipeline {
     fn perform(&mut self, id: Id, action: Action) {
         match action {
             Action::Look => self.enqueue(Station::Look, id),
-            Action::Record(Company::Shared) => self.mark(id),
+            Action::Record(start) if start.company == Company::Shared => self.mark(id),
             // It would not begin in a drain.
-            Action::Record(Company::Alone) if self.draining => self.fact(id, Fact::Gone),
-            Action::Record(Company::Alone) => self.alone.push_back(id),
+            Action::Record(_) if self.draining => self.fact(id, Fact::Gone),
+            Action::Record(_) => self.alone.push_back(id),
             Action::Release => match self.jobs.get(&id).map(|job| job.mark) {
                 Some(Mark::Absent) => self.fact(id, Fact::Released),
                 // Where the store was asked already, its answer leads on.

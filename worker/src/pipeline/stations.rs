@@ -366,8 +366,8 @@ impl Pipeline {
             Station::Start => {
                 let event = |id: &Id| {
                     let job = self.jobs.get(id)?;
-                    let Action::Record(company) = job.state.action() else { return None };
-                    Some((job.suspect()?, company))
+                    let Action::Record(start) = job.state.action() else { return None };
+                    Some((job.suspect()?, start.nth))
                 };
                 let events = ids.iter().filter_map(event).collect();
                 self.ask(async move { News::Started(ids, store.start(events).await) });

@@ -5,7 +5,6 @@ use super::{Effect, Left, Outcome, Recorded, Row, Seen, Start, Store};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// Opens a store for the worker of this name.
@@ -51,7 +50,6 @@ macro_rules! exam {
             only_rows_of_the_silent_are_adopted
             published_rows_are_forgotten
             starts_are_counted_until_they_end
-            of_the_starts_in_company_the_first_counts
             a_commit_ends_the_start
             only_what_is_old_is_pruned
             the_identity_is_the_store_s
@@ -284,67 +282,47 @@ pub(super) async fn published_rows_are_forgotten(candidate: &Candidate) {
 
 pub(super) async fn starts_are_counted_until_they_end(candidate: &Candidate) {
     let (ours, theirs) = ((candidate.open)("a"), (candidate.open)("b"));
-    let (x, y) = (identity("x"), identity("y"));
-    let start = |unfinished, failed| Start { unfinished, failed };
-    assert_eq!(alone(&ours, &[x, y]).await, [start(0, 0), start(0, 0)]);
-    assert_eq!(alone(&theirs, &[x]).await, [start(1, 0)]);
-    assert_eq!(alone(&ours, &[x, x]).await, [start(2, 0), start(3, 0)]);
-    ours.unstart(vec![x, x]).await.expect("takes it");
-    assert_eq!(alone(&ours, &[x]).await, [start(2, 0)]);
-
-    ours.note(x, 4).await.expect("takes it");
-    assert_eq!(alone(&theirs, &[x]).await, [start(0, 4)], "a note ends the starts");
-    ours.unstart(vec![x, x]).await.expect("takes it");
-    assert_eq!(alone(&ours, &[x, x]).await, [start(0, 4), start(1, 4)], "a drain forgets no failure");
-    ours.note(identity("z"), 1).await.expect("takes it");
-    assert_eq!(alone(&ours, &[identity("z")]).await, [start(0, 1)]);
-
-    ours.unstart(vec![y, y, identity("never")]).await.expect("taking back too much is harmless");
-    assert_eq!(alone(&ours, &[y, identity("never")]).await, [start(0, 0), start(0, 0)]);
-}
-
-pub(super) async fn of_the_starts_in_company_the_first_counts(candidate: &Candidate) {
-    let (ours, theirs) = ((candidate.open)("a"), (candidate.open)("b"));
     let [x, y, z] = ["x", "y", "z"].map(identity);
     let start = |unfinished, failed| Start { unfinished, failed };
-    assert_eq!(shared(&ours, &[y, x]).await, [start(0, 0), start(0, 0)]);
-    assert_eq!(shared(&theirs, &[x, z, y]).await, [start(1, 0), start(0, 0), start(1, 0)]);
-    assert_eq!(shared(&theirs, &[x, z, y]).await, [start(1, 0), start(1, 0), start(1, 0)]);
-    assert_eq!(alone(&ours, &[x]).await, [start(1, 0)], "and each alone");
-    assert_eq!(alone(&theirs, &[x]).await, [start(2, 0)]);
-    assert_eq!(shared(&ours, &[x]).await, [start(3, 0)]);
-    let mixed = vec![(y, Company::Alone), (z, Company::Shared)];
-    assert_eq!(ours.start(mixed).await.expect("answers"), [start(1, 0), start(1, 0)]);
+    assert_eq!(begin(&ours, 1, &[y, x]).await, [start(0, 0), start(0, 0)]);
+    for _ in 0..2 {
+        assert_eq!(begin(&theirs, 1, &[x]).await, [start(1, 0)], "to repeat it does no harm");
+    }
+    assert_eq!(begin(&theirs, 2, &[x, z, x]).await, [start(1, 0), start(0, 0), start(2, 0)]);
+    assert_eq!(begin(&ours, 1, &[z, x, y]).await, [start(2, 0), start(2, 0), start(1, 0)], "never back");
+    assert_eq!(begin(&ours, 0, &[z, identity("asked")]).await, [start(2, 0), start(0, 0)]);
+    assert_eq!(begin(&ours, 0, &[z, identity("asked")]).await, [start(2, 0), start(0, 0)], "a question counts nothing");
 
-    // One that is taken back, or ended by a note, is none.
-    ours.unstart(vec![z]).await.expect("takes it");
-    assert_eq!(shared(&ours, &[z, z]).await, [start(0, 0), start(1, 0)], "the second of two copies does not");
-    ours.note(x, 2).await.expect("takes it");
-    assert_eq!(shared(&ours, &[x]).await, [start(0, 2)]);
-    assert_eq!(shared(&theirs, &[x]).await, [start(1, 2)]);
+    ours.unstart(vec![x, z, z]).await.expect("takes it");
+    assert_eq!(begin(&ours, 0, &[x, z]).await, [start(1, 0), start(0, 0)]);
+
+    ours.note(x, 4).await.expect("takes it");
+    assert_eq!(begin(&theirs, 1, &[x]).await, [start(0, 4)], "a note ends the starts");
+    ours.unstart(vec![x, x]).await.expect("takes it");
+    assert_eq!(begin(&ours, 1, &[x, x]).await, [start(0, 4), start(1, 4)], "a drain forgets no failure");
+    ours.note(identity("w"), 1).await.expect("takes it");
+    assert_eq!(begin(&ours, 1, &[identity("w")]).await, [start(0, 1)]);
+
+    ours.unstart(vec![y, y, identity("never")]).await.expect("taking back too much is harmless");
+    assert_eq!(begin(&ours, 1, &[y, identity("never")]).await, [start(0, 0), start(0, 0)]);
 }
 
-/// Starts alone.
-async fn alone(store: &Arc<dyn Store>, events: &[Identity]) -> Vec<Start> {
-    store.start(events.iter().map(|event| (*event, Company::Alone)).collect()).await.expect("answers")
-}
-
-/// Starts in company.
-async fn shared(store: &Arc<dyn Store>, events: &[Identity]) -> Vec<Start> {
-    store.start(events.iter().map(|event| (*event, Company::Shared)).collect()).await.expect("answers")
+/// Starts as the n-th of each.
+async fn begin(store: &Arc<dyn Store>, nth: u32, events: &[Identity]) -> Vec<Start> {
+    store.start(events.iter().map(|event| (*event, nth)).collect()).await.expect("answers")
 }
 
 pub(super) async fn a_commit_ends_the_start(candidate: &Candidate) {
     let store = (candidate.open)("a");
     let [x, y] = ["x", "y"].map(identity);
-    alone(&store, &[x, y]).await;
+    begin(&store, 1, &[x, y]).await;
     store.note(x, 3).await.expect("takes it");
     assert!(is_fresh(&store, Effect { started: Some(x), ..done("x") }).await);
-    assert_eq!(alone(&store, &[x, y]).await[0], Start::default());
+    assert_eq!(begin(&store, 1, &[x, y]).await[0], Start::default());
     assert!(!is_fresh(&store, Effect { started: Some(x), ..done("x") }).await);
-    let after = alone(&store, &[x, y]).await;
+    let after = begin(&store, 1, &[x, y]).await;
     assert_eq!(after[0], Start::default(), "a superseded one has ended too");
-    assert_eq!(after[1].unfinished, 2, "its neighbour has not");
+    assert_eq!(after[1].unfinished, 1, "its neighbour has not");
 }
 
 pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
@@ -353,7 +331,7 @@ pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
     let (old, young) = (names("old"), names("young"));
     let effects = |names: &[String]| names.iter().map(|name| done(name)).collect::<Vec<_>>();
     commit(&store, effects(&old)).await;
-    alone(&store, &[identity("old start")]).await;
+    begin(&store, 1, &[identity("old start")]).await;
     let before = Instant::now();
     let _ = moment().await;
     // A worker prunes every few seconds; a store may make room for what comes next.
@@ -362,7 +340,7 @@ pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
     }
     let moment = moment().await;
     commit(&store, effects(&young)).await;
-    alone(&store, &[identity("young start")]).await;
+    begin(&store, 1, &[identity("young start")]).await;
 
     for _ in 0..256 {
         store.prune(moment.elapsed()).await.expect("answers");
@@ -370,7 +348,7 @@ pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
     let known = |names: &[String]| store.look(names.iter().map(|name| seen(name, 0)).collect());
     assert!(known(&old).await.expect("answers").iter().all(Option::is_none));
     assert!(known(&young).await.expect("answers").iter().all(Option::is_some));
-    let starts = alone(&store, &[identity("old start"), identity("young start")]).await;
+    let starts = begin(&store, 1, &[identity("old start"), identity("young start")]).await;
     assert_eq!(starts.iter().map(|start| start.unfinished).collect::<Vec<_>>(), [0, 1]);
     assert_eq!(outbox(candidate).await.len(), 4000, "what is not sent is never pruned");
 }
@@ -387,11 +365,11 @@ pub(super) async fn what_was_committed_outlives_the_worker(candidate: &Candidate
     // The caller is dropped by a drain, the commit is not.
     drop(store.commit(Arc::new(vec![done("unheard")])));
     assert!(is_fresh(&store, done("1")).await);
-    alone(&store, &[identity("2")]).await;
+    begin(&store, 1, &[identity("2")]).await;
     drop(store);
     let successor = (candidate.open)("b");
     assert!(is_known(&successor, "1", 0).await);
-    assert_eq!(alone(&successor, &[identity("2")]).await[0].unfinished, 1);
+    assert_eq!(begin(&successor, 1, &[identity("2")]).await[0].unfinished, 1);
     assert_eq!(ids(&successor.adopt(Left::In("p00".into())).await.expect("answers")), ["unheard", "1"]);
 }
 
@@ -433,7 +411,7 @@ pub(super) async fn of_racing_workers_one_commits(candidate: &Candidate) {
 pub(super) async fn nothing_asked_is_nothing_done(candidate: &Candidate) {
     let store = (candidate.open)("a");
     assert!(store.look(Vec::new()).await.expect("answers").is_empty());
-    assert!(alone(&store, &[]).await.is_empty());
+    assert!(begin(&store, 1, &[]).await.is_empty());
     assert!(commit(&store, Vec::new()).await.is_empty());
     store.unstart(Vec::new()).await.expect("takes it");
     store.sent(Vec::new()).await.expect("takes it");

@@ -17,7 +17,6 @@ use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
-use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// Proof that an event's outcome is durable. Only the store makes one.
@@ -121,14 +120,6 @@ pub struct Start {
     pub failed: u32,
 }
 
-impl Start {
-    /// Whether the next start, in this company, counts.
-    #[must_use]
-    pub fn counts(self, company: Company) -> bool {
-        company == Company::Alone || self.unfinished == 0
-    }
-}
-
 /// A row of the outbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -153,8 +144,8 @@ pub enum Left {
 pub trait Store: Send + Sync + 'static {
     /// Which of these have an outcome.
     fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>>;
-    /// Counts a start of each, in company only where none is counted yet; tells what was known before.
-    fn start(&self, events: Vec<(Identity, Company)>) -> Reply<Vec<Start>>;
+    /// Counts the start of each as its n-th, where not so many are counted yet; tells what was known before.
+    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>>;
     /// Takes one start of each back.
     fn unstart(&self, events: Vec<Identity>) -> Reply<()>;
     /// Notes that so many attempts failed in place; the start is over.

@@ -57,7 +57,7 @@ pub(in super::super) async fn a_state_changes_with_its_event(candidate: &Candida
 pub(in super::super) async fn what_rests_on_an_outdated_state_is_dropped_whole(candidate: &Candidate) {
     let store = (candidate.open)("a");
     commit(&store, vec![changing("1", 1, 0, "one"), changing("2", 2, 0, "other")]).await;
-    alone(&store, &[identity("3")]).await;
+    begin(&store, 1, &[identity("3")]).await;
     let stale = Effect { started: Some(identity("3")), ..changing("3", 1, 0, "again") };
     let ahead = changing("4", 1, 2, "ahead");
     let unknown = changing("5", 9, 1, "no such");
@@ -68,7 +68,7 @@ pub(in super::super) async fn what_rests_on_an_outdated_state_is_dropped_whole(c
     for event in ["3", "4", "5"] {
         assert!(!is_known(&store, event, 0).await, "{event}");
     }
-    assert_eq!(alone(&store, &[identity("3")]).await[0].unfinished, 1, "its start is not over");
+    assert_eq!(begin(&store, 1, &[identity("3")]).await[0].unfinished, 1, "its start is not over");
     assert_eq!(ids(&outbox(candidate).await), ["1", "2", "6", "7"]);
     assert!(is_fresh(&store, changing("3", 1, 1, "again")).await, "with what stands there now");
 }

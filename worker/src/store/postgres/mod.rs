@@ -18,7 +18,7 @@ use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
 use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -26,7 +26,6 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 use warren_publisher::postgres::Postgres as Server;
-use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// Connections for the store's own calls: a batch of each kind may be under way.
@@ -312,47 +311,33 @@ impl Inner {
         Ok(rows)
     }
 
-    async fn start(&self, events: &[(Identity, Company)]) -> Result<Vec<Start>, StoreError> {
+    async fn start(&self, events: &[(Identity, u32)]) -> Result<Vec<Start>, StoreError> {
+        let mut most: BTreeMap<Uuid, i32> = BTreeMap::new();
+        for (event, nth) in events {
+            let most = most.entry(uuid(event)).or_default();
+            *most = (*most).max(i32::try_from(*nth).unwrap_or(i32::MAX));
+        }
+        let (identities, counts): (Vec<Uuid>, Vec<i32>) = most.into_iter().unzip();
         let s = &self.schema;
-        let of = |company| events.iter().filter(move |(_, c)| *c == company).map(|(event, _)| uuid(event));
-        // In one order, that no two workers lock each other out.
-        let shared: Vec<Uuid> = of(Company::Shared).collect::<BTreeSet<_>>().into_iter().collect();
-        let mut first: HashMap<Uuid, Start> = HashMap::new();
-        let mut known: HashMap<Uuid, Start> = HashMap::new();
-        if !shared.is_empty() {
-            let sql = format!(
-                "INSERT INTO {s}.starts AS s SELECT identity, 1, 0, clock_timestamp() FROM unnest($1::uuid[]) AS e(identity)
-                 ON CONFLICT (identity) DO UPDATE SET starts = 1, at = excluded.at WHERE s.starts = 0
-                 RETURNING identity, 0, failed"
-            );
-            let counted = self.write(&sql, &[(&shared, Type::UUID_ARRAY)]).await?;
-            first.extend(counted.iter().map(|row| (row.get(0), start(row))));
-            // What was not counted is there; where it has gone since, it was.
-            let sql = format!("SELECT identity, greatest(starts, 1), failed FROM {s}.starts WHERE identity = ANY($1)");
-            if first.len() < of(Company::Shared).count() {
-                let rows = self.write(&sql, &[(&shared, Type::UUID_ARRAY)]).await?;
-                known.extend(rows.iter().map(|row| (row.get(0), start(row))));
-            }
-        }
         let sql = format!(
-            "INSERT INTO {s}.starts AS s VALUES ($1, 1, 0, clock_timestamp())
-             ON CONFLICT (identity) DO UPDATE SET starts = s.starts + 1, at = excluded.at
-             RETURNING identity, starts - 1, failed"
+            "WITH counted AS (INSERT INTO {s}.starts AS s SELECT identity, nth, 0, clock_timestamp()
+                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, nth) WHERE nth > 0
+                 ON CONFLICT (identity) DO UPDATE SET starts = greatest(s.starts, excluded.starts), at = excluded.at)
+             SELECT identity, starts, failed FROM {s}.starts WHERE identity = ANY($1)"
         );
-        let mut starts = Vec::with_capacity(events.len());
-        for (event, company) in events {
-            let event = uuid(event);
-            starts.push(match company {
-                Company::Shared => first
-                    .remove(&event)
-                    .unwrap_or_else(|| known.get(&event).copied().unwrap_or(Start { unfinished: 1, failed: 0 })),
-                // One at a time, but for stores under test.
-                Company::Alone => {
-                    self.write(&sql, &[(&event, Type::UUID)]).await?.first().map_or_else(Start::default, start)
-                }
-            });
-        }
-        Ok(starts)
+        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
+        let count = |row: &tokio_postgres::Row, column: usize| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
+        let start =
+            |row: &tokio_postgres::Row| (row.get(0), Start { unfinished: count(row, 1), failed: count(row, 2) });
+        // The rows as they were before this statement.
+        let mut known: HashMap<Uuid, Start> = self.write(&sql, values).await?.iter().map(start).collect();
+        let start = |(event, nth): &(Identity, u32)| {
+            let known = known.entry(uuid(event)).or_default();
+            let before = *known;
+            known.unfinished = before.unfinished.max(*nth);
+            before
+        };
+        Ok(events.iter().map(start).collect())
     }
 
     async fn unstart(&self, events: &[Identity]) -> Result<(), StoreError> {
@@ -403,7 +388,7 @@ impl Store for Postgres {
         self.call(|inner| async move { inner.look(&asked).await })
     }
 
-    fn start(&self, events: Vec<(Identity, Company)>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
         self.call(|inner| async move { inner.start(&events).await })
     }
 
@@ -508,12 +493,6 @@ fn current(
 }
 
 /// Each identity once, with how often it stands there, in an order in which two calls do not lock each other out.
-/// The second and the third column.
-fn start(row: &tokio_postgres::Row) -> Start {
-    let count = |column: usize| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
-    Start { unfinished: count(1), failed: count(2) }
-}
-
 fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
     let mut counts: BTreeMap<Uuid, i32> = BTreeMap::new();
     for event in events {

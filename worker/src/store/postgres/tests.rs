@@ -134,7 +134,7 @@ async fn a_newer_schema_is_used_as_long_as_it_only_adds() {
     assert_eq!(commit(&older, vec![effect("1", Outcome::Done, 0)]).await, [true]);
     let another = pool.open("b").await;
     assert!(knows(&another, "1", 0).await);
-    another.start(vec![(Identity::of("/tests", "2"), Company::Alone)]).await.expect("answers");
+    another.start(vec![(Identity::of("/tests", "2"), 1)]).await.expect("answers");
     pool.sql("UPDATE {s}.meta SET value = '999' WHERE name = 'needs'").await;
     match Postgres::open(&server(), &pool.0, "c", Duration::ZERO).await {
         Err(StoreError::Newer { found: 999, known }) => assert_eq!(known, i64::from(schema::KNOWN)),

@@ -13,7 +13,6 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 use uuid::Uuid;
-use warren_shared::delivery::Company;
 use warren_shared::{Identity, Message};
 
 /// The schema, a step an entry; a store remembers how many it has.
@@ -264,18 +263,18 @@ impl Store for Sqlite {
         })
     }
 
-    fn start(&self, events: Vec<(Identity, Company)>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
         self.run(move |tx| {
             let mut known = tx.prepare_cached("SELECT starts, failed FROM starts WHERE identity = ?1")?;
             let mut count = tx.prepare_cached(
-                "INSERT INTO starts VALUES (?1, 1, 0, ?2)
-                 ON CONFLICT (identity) DO UPDATE SET starts = starts + 1, at = excluded.at",
+                "INSERT INTO starts VALUES (?1, ?2, 0, ?3)
+                 ON CONFLICT (identity) DO UPDATE SET starts = max(starts, excluded.starts), at = excluded.at",
             )?;
-            let start = |(event, company): &(Identity, Company)| {
+            let start = |(event, nth): &(Identity, u32)| {
                 let before = |row: &rusqlite::Row<'_>| Ok(Start { unfinished: row.get(0)?, failed: row.get(1)? });
                 let before = known.query_row([event.as_bytes()], before).optional()?.unwrap_or_default();
-                if before.counts(*company) {
-                    count.execute(params![event.as_bytes(), now()])?;
+                if *nth > 0 {
+                    count.execute(params![event.as_bytes(), nth, now()])?;
                 }
                 Ok(before)
             };

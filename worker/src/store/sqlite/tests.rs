@@ -225,11 +225,11 @@ async fn every_old_outcome_and_start_is_counted_as_it_goes() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
     store.commit(Arc::new(named("old", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "old start"), Company::Alone)]).await.expect("answers");
+    store.start(vec![(Identity::of("/tests", "old start"), 1)]).await.expect("answers");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let moment = Instant::now();
     store.commit(Arc::new(named("young", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "young start"), Company::Alone)]).await.expect("answers");
+    store.start(vec![(Identity::of("/tests", "young start"), 1)]).await.expect("answers");
     let mut gone = 0;
     for _ in 0..256 {
         gone += store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
