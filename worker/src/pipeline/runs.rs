@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use metrics::Histogram;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
-use warren_shared::delivery::{Action, Company, Fact, State};
+use warren_shared::delivery::{Action, Fact, State};
 use warren_shared::retry::Failure;
 
 /// Handlers that end at once may share a task for so long.
@@ -185,13 +185,11 @@ impl Pipeline {
     }
 
     pub(super) fn started(&mut self, id: Id, start: Start) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Action::Record(asked) = job.state.action() else { return };
-        // In company only a start that is the first; alone, what was known before may be this one.
-        let counted = asked.company == Company::Alone || asked.nth > start.unfinished;
-        job.mark = if counted { Mark::Present } else { Mark::Absent };
         self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed });
-        if self.jobs.get(&id).is_some_and(|job| !job.ticket.is_live()) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        // The law lets it run where its start counts, and only there.
+        job.mark = if matches!(job.state, State::Running(_)) { Mark::Present } else { Mark::Absent };
+        if !job.ticket.is_live() {
             self.unmark(id);
         }
     }
