@@ -1,9 +1,10 @@
 # Each target does its own set-up and says what it does. A broker is taken from scripts/rabbitmq.
-.PHONY: help demo test bench lint check-deploy compose-test fmt clean
+.PHONY: help demo test soak bench lint check-deploy compose-test fmt clean
 
 help:
 	@echo 'make demo   an order process on a real RabbitMQ, with kills; half a minute after the build (STORE=postgres: with an order ledger)'
 	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
+	@echo 'make soak   the tests that give confidence by their length, as long as they can be: half an hour, target/soak.txt'
 	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
 	@echo 'make lint   format, clippy, licences and sources of crates, docs'
 	@echo 'make check-deploy   manifests, alerts, dashboard, Dockerfile and Compose file, without a cluster'
@@ -17,15 +18,18 @@ demo:
 test:
 	@scripts/test
 
+soak:
+	@scripts/soak
+
 bench:
 	@scripts/bench $(ARGS)
 
 lint:
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --locked -- -D warnings
-	cargo clippy -p warren-worker --locked -- -D warnings
+	cargo clippy --workspace --all-targets --profile testing --locked -- -D warnings
+	cargo clippy -p warren-worker --profile testing --locked -- -D warnings
 	scripts/deny
-	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --profile testing --locked --quiet
 
 check-deploy:
 	@scripts/check-deploy

@@ -8,6 +8,7 @@ pub mod codec;
 pub mod declare;
 pub mod lines;
 pub mod outbox;
+pub mod pace;
 pub mod postgres;
 pub mod process;
 pub mod publish;

@@ -54,7 +54,7 @@ def compose_known(_objects):
 def program():
     """The worker's binary, where one was built."""
     target = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))
-    return next((p for p in (f"{target}/debug/warren-worker", f"{target}/release/warren-worker") if os.access(p, os.X_OK)), None)
+    return next((p for p in (f"{target}/testing/warren-worker", f"{target}/debug/warren-worker", f"{target}/release/warren-worker") if os.access(p, os.X_OK)), None)
 
 
 def accepted(objects):

@@ -234,7 +234,10 @@ pub fn unknown(environment: &BTreeMap<String, String>) -> Vec<&str> {
         Given::Openly => name == v.name,
     };
     let known = |name: &str| VARIABLES.iter().any(|v| is(v, name));
-    environment.keys().map(String::as_str).filter(|name| name.starts_with("WARREN_") && !known(name)).collect()
+    // What only debug builds read.
+    let of_tests = |name: &str| cfg!(debug_assertions) && name.starts_with("WARREN_TEST_");
+    let ours = |name: &&str| name.starts_with("WARREN_") && !of_tests(name);
+    environment.keys().map(String::as_str).filter(|name| ours(name) && !known(name)).collect()
 }
 
 struct Read<'a> {

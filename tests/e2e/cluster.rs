@@ -3,7 +3,7 @@ use anyhow::ensure;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use warren_tests::trace::{self, Trace};
-use warren_tests::{Fleet, Lab, Load};
+use warren_tests::{Fleet, Lab, Load, length};
 
 const PATIENCE: Duration = Duration::from_secs(180);
 const KEYS: usize = 60;
@@ -36,7 +36,7 @@ async fn field(name: &str) -> anyhow::Result<Field> {
     fleet.scale(&lab, 3).await?;
     lab.balanced(3, PATIENCE).await?;
     let load = lab.load(200, KEYS)?;
-    lab.progressed(600, PATIENCE).await?;
+    lab.progressed(200, PATIENCE).await?;
     Ok(Field { lab, fleet, places, load })
 }
 
@@ -48,7 +48,7 @@ impl Field {
             self.lab.rabbit.cluster_do(command)?;
         }
         let (before, began) = (self.lab.inbox(), Instant::now());
-        self.lab.progressed(before + 1_000, PATIENCE).await?;
+        self.lab.progressed(before + length(300, 1_000), PATIENCE).await?;
         // Every partition is served again.
         let all = self.places.values().collect::<std::collections::HashSet<_>>().len();
         let since = trace::now();
@@ -70,7 +70,7 @@ impl Field {
     /// Waits until the nodes have caught up with each other: two that die at once are one too many.
     async fn recover(&self) -> anyhow::Result<()> {
         self.lab.rabbit.whole(PATIENCE).await?;
-        self.lab.progressed(self.lab.inbox() + 2_000, PATIENCE).await
+        self.lab.progressed(self.lab.inbox() + length(200, 2_000), PATIENCE).await
     }
 
     async fn adds_up(mut self) -> anyhow::Result<()> {

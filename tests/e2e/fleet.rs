@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use warren_tests::process::expect_exit;
 use warren_tests::trace::{self, Call};
-use warren_tests::{Answers, Fleet, Lab, Map, Proxy, Trace, event, quantile, until};
+use warren_tests::{Answers, Fleet, Lab, Map, Proxy, Trace, event, length, quantile, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -38,10 +38,10 @@ async fn one_three_eight_two_workers_share_the_partitions_and_keep_every_promise
     let mut fleet = Fleet::default();
     fleet.scale(&lab, 1).await?;
     let (mut map, _) = lab.balanced(1, PATIENCE).await?;
-    // What two slow cores bear with everything built for debugging; TEST_RATE offers more.
-    let rate = std::env::var("TEST_RATE").ok().and_then(|rate| rate.parse().ok()).unwrap_or(250);
-    let load = lab.load(rate, 960)?;
-    lab.progressed(3_000, PATIENCE).await?;
+    // What two slow cores bear with everything built for debugging.
+    let load = lab.load(250, 960)?;
+    let stretch = length(1_000, 3_000);
+    lab.progressed(stretch, PATIENCE).await?;
     let (mut moved, mut ideal) = (0, 0);
     for count in [3, 8, 2] {
         let before = lab.inbox();
@@ -60,7 +60,7 @@ async fn one_three_eight_two_workers_share_the_partitions_and_keep_every_promise
             after.spread()
         );
         (moved, ideal, map) = (moved + now, ideal + least, after);
-        lab.progressed(before + 3_000, PATIENCE).await?;
+        lab.progressed(before + stretch, PATIENCE).await?;
     }
     ensure!(moved * 10 <= ideal * 12, "{moved} partitions moved, {ideal} had to");
     let ids = load.finish().await?;
@@ -156,7 +156,13 @@ async fn the_standby_takes_over_from_a_frozen_owner_which_breaks_nothing_when_it
         fleet.workers["w0"].signal(Signal::CONT)?;
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
-    tokio::time::sleep(Duration::from_secs(20)).await;
+    // It thaws into a fleet that has gone on without it.
+    let served_again = || {
+        let outages = Trace::read(&lab.dir).map(|trace| outages(&trace, &places, &owned, "w0", at));
+        outages.is_ok_and(|outages| outages.iter().all(|outage| outage.is_finite()))
+    };
+    until("all that it had is served", PATIENCE, served_again).await.with_context(|| lab.logs())?;
+    tokio::time::sleep(length(Duration::ZERO, Duration::from_secs(15))).await;
     fleet.workers["w0"].signal(Signal::CONT)?;
     lab.progressed(lab.inbox() + 600, PATIENCE).await?;
     lab.balanced(3, Duration::from_secs(30)).await?;
@@ -176,12 +182,13 @@ async fn the_standby_takes_over_from_a_frozen_owner_which_breaks_nothing_when_it
 }
 
 #[tokio::test]
-async fn ten_rolling_restarts_under_load_leave_no_partition_unserved_for_long() -> anyhow::Result<()> {
+async fn rolling_restarts_under_load_leave_no_partition_unserved_for_long() -> anyhow::Result<()> {
     let lab = lab("fleet-rolling", "12").await?;
     let (mut fleet, _, places) = three(&lab).await?;
     let load = lab.load(600, KEYS)?;
     lab.progressed(1_000, PATIENCE).await?;
-    for _ in 0..10 {
+    let rounds = length(2, 10);
+    for _ in 0..rounds {
         let old: Vec<String> = fleet.workers.keys().cloned().collect();
         for name in old {
             fleet.start(&lab)?;
@@ -195,14 +202,19 @@ async fn ten_rolling_restarts_under_load_leave_no_partition_unserved_for_long() 
     let trace = kept(&lab, &ids).await?;
     let gaps = trace.gaps(|key| places.get(key).cloned());
     println!(
-        "30 restarts, {} hand-overs: gap median {:.0} ms, p99 {:.0} ms, most {:.0} ms",
+        "{} restarts, {} hand-overs: gap median {:.0} ms, p99 {:.0} ms, most {:.0} ms",
+        3 * rounds,
         gaps.len(),
         quantile(&gaps, 0.5),
         quantile(&gaps, 0.99),
         quantile(&gaps, 1.0)
     );
     ensure!(trace.verdict().repeats == 0, "nobody was killed: {:?}", trace.verdict());
-    ensure!(gaps.len() > 100 && quantile(&gaps, 0.99) <= 1_000.0, "{:?}", &gaps[gaps.len().saturating_sub(20)..]);
+    ensure!(
+        gaps.len() > 10 * rounds && quantile(&gaps, 0.99) <= 1_000.0,
+        "{:?}",
+        &gaps[gaps.len().saturating_sub(20)..]
+    );
     fleet.stop(&lab).await
 }
 

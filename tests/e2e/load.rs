@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use warren_tests::trace::{self, Trace};
-use warren_tests::{Fleet, Lab, event};
+use warren_tests::{Fleet, Lab, event, length};
 
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -62,16 +62,17 @@ async fn a_flooded_lane_leaves_the_others_their_share() -> anyhow::Result<()> {
     };
     // The low lane is offered twice the capacity.
     let low = lane("low", 800.0)?;
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    let from = trace::now();
-    tokio::time::sleep(Duration::from_secs(10)).await;
-    let capacity = begun(&Trace::read(&lab.dir)?, from, trace::now(), LANES)[2] as f64 / 10.0;
-    // The others are offered 0.85 of their shares of it: all of that must get through, in time, for a minute.
+    lab.progressed(400, PATIENCE).await?;
+    let (from, measured) = (trace::now(), length(4, 10));
+    tokio::time::sleep(Duration::from_secs(measured)).await;
+    let capacity = begun(&Trace::read(&lab.dir)?, from, trace::now(), LANES)[2] as f64 / measured as f64;
+    // The others are offered 0.85 of their shares of it: all of that must get through, in time.
     let loads = [lane("high", capacity * 0.6 * 0.85)?, lane("normal", capacity * 0.3 * 0.85)?, low];
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    let flooded = lab.inbox();
+    lab.progressed(flooded + 1_000, PATIENCE).await?;
     let (from, began) = (trace::now(), Instant::now());
     let mut oldest: HashMap<String, u64> = HashMap::new();
-    while began.elapsed() < Duration::from_secs(60) {
+    while began.elapsed() < Duration::from_secs(length(15, 60)) {
         let status = lab.status().await?;
         for lane in status["lanes"].as_array().into_iter().flatten() {
             let age = oldest.entry(lane["lane"].as_str().unwrap_or_default().to_owned()).or_default();
@@ -107,16 +108,16 @@ async fn beside(name: &str, failing: bool) -> anyhow::Result<f64> {
     let mut fleet = Fleet::default();
     fleet.start_with(&lab, &[("TEST_ORDER", "strict"), ("WARREN_CONSUMER_TIMEOUT", "1h")])?;
     lab.balanced(1, PATIENCE).await?;
-    let until = if failing { jiff::Timestamp::now().as_millisecond() + 60_000 } else { 0 };
-    // One event in eighty is of the failing key: what waits behind it in a minute fits into the prefetch.
+    let until = if failing { jiff::Timestamp::now().as_millisecond() + length(17_000, 60_000) } else { 0 };
+    // One event in eighty is of the failing key: what waits behind it meanwhile fits into the prefetch.
     let load = lab.load_of(300, &[], move |n| {
         let key = if n % 80 == 0 { "bad".to_owned() } else { format!("k{}", n % 79) };
         let data = json!({"sleep": 0.005, "fail_until": if key == "bad" { until } else { 0 }});
         event(&format!("e{n}"), "order.placed", &key, data)
     })?;
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    lab.progressed(900, PATIENCE).await?;
     let from = trace::now();
-    tokio::time::sleep(Duration::from_secs(if failing { 50 } else { 20 })).await;
+    tokio::time::sleep(Duration::from_secs(length(10, if failing { 50 } else { 20 }))).await;
     let to = trace::now();
     let ids = load.finish().await?;
     let trace = Trace::read(&lab.dir)?;
@@ -134,7 +135,7 @@ async fn beside(name: &str, failing: bool) -> anyhow::Result<f64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_strict_key_that_fails_for_a_minute_costs_the_others_of_its_partition_little() -> anyhow::Result<()> {
+async fn a_strict_key_that_fails_costs_the_others_of_its_partition_little() -> anyhow::Result<()> {
     let (alone, beside) = (beside("load-strict-0", false).await?, beside("load-strict", true).await?);
     println!("{alone:.0} events/s of the other keys, {beside:.0} while one key fails: {:.2}", beside / alone);
     ensure!(beside >= 0.9 * alone, "{alone} and {beside}");
@@ -169,7 +170,7 @@ async fn a_slow_dependency_makes_the_worker_take_less_and_hoard_nothing() -> any
     ensure!(account["confirmed"] == json!(6_000), "{account}\n{stderr}");
     ids.extend((0..6_000).map(|n| format!("slow{n}")));
     let (mut most, mut peak, began) = (0, 0, Instant::now());
-    while began.elapsed() < Duration::from_secs(10) {
+    while began.elapsed() < Duration::from_secs(length(5, 10)) {
         let status = lab.status().await?;
         let unacked: u64 =
             status["lanes"].as_array().into_iter().flatten().filter_map(|lane| lane["unacked"].as_u64()).sum();

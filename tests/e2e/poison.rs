@@ -211,7 +211,7 @@ async fn a_slow_event_that_wanders_through_the_fleet_as_connections_break_is_inn
         ways.push(way);
     }
     lab.balanced(4, PATIENCE).await?;
-    let ids = lab.send(&[event("slow", "order.placed", "k", json!({"sleep": 45}))]).await?;
+    let ids = lab.send(&[event("slow", "order.placed", "k", json!({"sleeps": [90, 90, 90, 3]}))]).await?;
     // Each worker in turn is its owner, is cut off from the broker, and goes on with it.
     for gone in 0..4 {
         until("the event runs at the next worker", PATIENCE, || lab.calls().len() > gone || lab.inbox() > 0).await?;

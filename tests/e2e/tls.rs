@@ -1,12 +1,13 @@
 //! TLS with a CA of our own and clients' certificates, on a real broker and a real database: whoever is not who they ought to
 //! be is refused at once, with a cure, and nothing is said in plain.
+use crate::certificates::{Authority, Pair};
 use anyhow::{Context, ensure};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use warren_tests::process::expect_exit;
 use warren_tests::raw::free_port;
-use warren_tests::{Authority, Lab, Pair, Postgres, Rabbit, Tap, event, until};
+use warren_tests::{Lab, Postgres, Rabbit, Tap, event, until};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 /// What waiting does not cure is said sooner than that.

@@ -50,22 +50,26 @@ fn without_vhost(url: &str) -> String {
 }
 
 impl Rabbit {
-    /// The broker that all tests share: started by `make test`, or here. `WARREN_TEST_BROKER` names its version.
+    /// The broker that all tests share: the one that `scripts/test` has started and names in WARREN_TEST_AMQP and
+    /// WARREN_TEST_MANAGEMENT, else one that is started here. `WARREN_TEST_BROKER` names its version.
     ///
     /// # Errors
     /// It cannot be started.
     pub fn shared() -> anyhow::Result<Self> {
-        let version = std::env::var("WARREN_TEST_BROKER").unwrap_or_default();
-        let with = |command: &'static str| {
-            let mut arguments = command.split(' ').collect::<Vec<_>>();
-            if !version.is_empty() {
-                arguments.extend(["--version", &version]);
+        let named = |variable: &str| std::env::var(variable).ok().filter(|value| !value.is_empty());
+        let (amqp, management) = match (named("WARREN_TEST_AMQP"), named("WARREN_TEST_MANAGEMENT")) {
+            (Some(amqp), Some(management)) => (amqp, management),
+            _ => {
+                let version = named("WARREN_TEST_BROKER");
+                let with = |command: &'static str| {
+                    let mut arguments = command.split(' ').collect::<Vec<_>>();
+                    arguments.extend(version.iter().flat_map(|version| ["--version", version]));
+                    script(&arguments)
+                };
+                (with("start")?, with("url --management")?)
             }
-            script(&arguments)
         };
-        with("start")?;
-        let management = vec![with("url --management")?];
-        Ok(Self { amqp: without_vhost(&with("url")?), management, others: Vec::new(), dir: None })
+        Ok(Self { amqp: without_vhost(&amqp), management: vec![management], others: Vec::new(), dir: None })
     }
 
     /// A node of its own, which the test may kill.

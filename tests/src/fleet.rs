@@ -145,7 +145,22 @@ impl Load {
     ///
     /// # Errors
     /// Something was not confirmed.
-    pub async fn finish(mut self) -> anyhow::Result<Vec<String>> {
+    pub async fn finish(self) -> anyhow::Result<Vec<String>> {
+        self.end().await.map(|(ids, _)| ids)
+    }
+
+    /// The same where the broker has no reason to refuse anything.
+    ///
+    /// # Errors
+    /// Something was not confirmed, or refused.
+    pub async fn finish_all(self) -> anyhow::Result<Vec<String>> {
+        let (ids, refused) = self.end().await?;
+        ensure!(refused == 0, "{refused} were refused");
+        Ok(ids)
+    }
+
+    /// What was confirmed, and how many were refused.
+    async fn end(mut self) -> anyhow::Result<(Vec<String>, usize)> {
         self.stop.send_replace(true);
         let mut ids = self.feeding.await??;
         self.sender.wait(Duration::from_secs(120)).await?;
@@ -165,7 +180,8 @@ impl Load {
         }
         let whole = account["read"] == fed && account["confirmed"] == ids.len() && account["unknown"] == 0;
         ensure!(whole, "{account}, of {fed} fed {} are not refused:\n{}", ids.len(), self.sender.log());
-        Ok(ids)
+        let refused = fed - ids.len();
+        Ok((ids, refused))
     }
 }
 

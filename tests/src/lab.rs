@@ -111,6 +111,8 @@ impl Lab {
             ("WARREN_PARTITIONS", "3"),
             ("WARREN_LANES", "normal:1"),
             ("WARREN_ROUTES", lab.ledger_route("").as_str()),
+            // Beats, looks and moments of calm inside of the programs: none is waited for longer than a test has to.
+            ("WARREN_TEST_PACE", "0.2"),
         ] {
             lab.set(variable, value);
         }

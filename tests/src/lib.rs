@@ -3,7 +3,6 @@
 //! Each test has a vhost, a store and a directory of its own (under `target/`), so tests run side by side. Processes
 //! end with the test, by their own pids.
 pub mod broker;
-pub mod certificates;
 pub mod exchange;
 pub mod fleet;
 pub mod foreign;
@@ -18,11 +17,11 @@ pub mod raw;
 pub mod receipt;
 pub mod service;
 pub mod shop;
+pub mod soak;
 pub mod tap;
 pub mod trace;
 
 pub use broker::Rabbit;
-pub use certificates::{Authority, Pair};
 pub use exchange::{exchange, ids};
 pub use fleet::{Fleet, Load, Map};
 pub use lab::{Lab, event, events, until};
@@ -32,5 +31,6 @@ pub use process::Process;
 pub use proxy::{Answers, Proxy};
 pub use raw::Raw;
 pub use service::Service;
+pub use soak::length;
 pub use tap::Tap;
 pub use trace::{Trace, quantile};

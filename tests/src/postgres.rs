@@ -1,9 +1,9 @@
 //! A real PostgreSQL: a fresh database on the shared private server, or on one that a test may break.
 use crate::broker::{root, scratch};
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use tokio::runtime::Runtime;
 
 /// A database of this test's own, and its server.
@@ -11,12 +11,17 @@ use tokio::runtime::Runtime;
 pub struct Postgres {
     url: String,
     name: String,
+    /// The server as somebody who may create databases there: its superuser, but where DATABASE_URL names the server.
+    admin: String,
     /// The directory of a private server.
     dir: Option<PathBuf>,
+    /// Tests ask often: a connection, kept until it breaks.
+    asking: Mutex<Option<tokio_postgres::Client>>,
 }
 
 impl Postgres {
-    /// A fresh database on the server that all tests share: started here if it does not run.
+    /// A fresh database on the server that all tests share: the one of DATABASE_URL, else the one that `scripts/test` has started
+    /// and names in WARREN_TEST_POSTGRES_ADMIN, else one that is started here.
     ///
     /// # Errors
     /// The server cannot be had.
@@ -33,27 +38,32 @@ impl Postgres {
     }
 
     fn on(dir: Option<PathBuf>, name: &str) -> anyhow::Result<Self> {
-        let mut postgres = Self { url: String::new(), name: name.into(), dir };
-        if let (None, Some(server)) = (&postgres.dir, given()) {
-            let (place, _) = server.rsplit_once('/').context("DATABASE_URL names no database")?;
-            postgres.url = format!("{place}/{name}");
-            for sql in
-                [format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"), format!("CREATE DATABASE \"{name}\"")]
-            {
-                ask(&server, &sql)?;
-            }
-            return Ok(postgres);
-        }
+        let (url, admin, asking) = (String::new(), String::new(), Mutex::default());
+        let mut postgres = Self { url, name: name.into(), admin, dir, asking };
         if postgres.dir.is_some() {
             postgres.script(&["stop", "--wipe", "--immediate"]).ok();
         }
-        postgres.start()?;
-        let url = postgres.script(&["url"])?;
-        let (server, _) = url.rsplit_once('/').context("a URL with a database")?;
-        postgres.url = format!("{server}/{name}");
-        let drop = format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)");
-        let create = format!("CREATE DATABASE \"{name}\" OWNER warren");
-        postgres.script(&["psql", "-qc", &drop, "-c", &create])?;
+        let named = std::env::var("WARREN_TEST_POSTGRES_ADMIN").ok().filter(|url| !url.is_empty());
+        let mut user = "warren:warren".to_owned();
+        postgres.admin = match (&postgres.dir, given(), named) {
+            (None, Some(given), _) => {
+                let (_, rest) = given.split_once("://").context("DATABASE_URL is no URL")?;
+                user = rest.split_once('@').context("DATABASE_URL names no user")?.0.to_owned();
+                given
+            }
+            (None, None, Some(named)) => named,
+            _ => {
+                postgres.start()?;
+                postgres.script(&["url", "--superuser"])?
+            }
+        };
+        let (server, _) = postgres.admin.rsplit_once('/').context("a URL with a database")?;
+        let place = server.rsplit_once('@').context("a URL with a user")?.1;
+        postgres.url = format!("postgres://{user}@{place}/{name}");
+        let (role, _) = user.split_once(':').unwrap_or((&user, ""));
+        // One at a time: neither may stand in a transaction.
+        ask(&postgres.admin, &format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"))?;
+        ask(&postgres.admin, &format!("CREATE DATABASE \"{name}\" OWNER {role}"))?;
         Ok(postgres)
     }
 
@@ -68,11 +78,7 @@ impl Postgres {
     /// # Errors
     /// The server does not take it.
     pub async fn client(&self) -> anyhow::Result<tokio_postgres::Client> {
-        let (client, connection) = tokio_postgres::connect(&self.url, tokio_postgres::NoTls).await?;
-        tokio::spawn(async move {
-            let _ = connection.await;
-        });
-        Ok(client)
+        connect(&self.url).await
     }
 
     /// A number that a query answers with; from wherever, as it waits on threads of its own.
@@ -80,7 +86,17 @@ impl Postgres {
     /// # Errors
     /// The server does not take it, or answers with something else.
     pub fn number(&self, sql: &str) -> anyhow::Result<i64> {
-        ask(&self.url, sql)?.context("no number")
+        let kept = self.asking.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (client, number) = wait(async {
+            let client = match kept.filter(|client| !client.is_closed()) {
+                Some(client) => client,
+                None => connect(&self.url).await?,
+            };
+            let number = ask_on(&client, sql).await?;
+            Ok((client, number))
+        })?;
+        *self.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
+        number.context("no number")
     }
 
     /// Statements of the superuser, in this database.
@@ -89,7 +105,8 @@ impl Postgres {
     /// What the server said.
     pub fn superuser(&self, sql: &str) -> anyhow::Result<()> {
         ensure!(self.dir.is_some() || given().is_none(), "of a server that DATABASE_URL names, no superuser is known");
-        self.script(&["psql", "-qd", &self.name, "-v", "ON_ERROR_STOP=1", "-c", sql]).map(|_| ())
+        let (server, _) = self.admin.rsplit_once('/').context("a URL with a database")?;
+        wait(async { Ok(connect(&format!("{server}/{}", self.name)).await?.batch_execute(sql).await?) })
     }
 
     /// More settings for a private server, and files beside its data; it is started again.
@@ -195,11 +212,8 @@ impl Drop for Postgres {
         // A shared server goes on without this database; a private one ends with the test, and its data with it.
         if self.dir.is_some() {
             self.script(&["stop", "--wipe", "--immediate"]).ok();
-        } else if let Some(server) = given() {
-            ask(&server, &format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name)).ok();
         } else {
-            let drop = format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name);
-            self.script(&["psql", "-qc", &drop]).ok();
+            ask(&self.admin, &format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", self.name)).ok();
         }
     }
 }
@@ -209,20 +223,27 @@ fn given() -> Option<String> {
     std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"))
 }
 
-/// Asks for a number, if there is an answer; from wherever, as it waits on threads of its own.
+async fn connect(url: &str) -> anyhow::Result<tokio_postgres::Client> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    Ok(client)
+}
+
+/// Asks for a number, if there is an answer.
 fn ask(url: &str, sql: &str) -> anyhow::Result<Option<i64>> {
+    wait(async { ask_on(&connect(url).await?, sql).await })
+}
+
+async fn ask_on(client: &tokio_postgres::Client, sql: &str) -> anyhow::Result<Option<i64>> {
+    Ok(client.query_typed(sql, &[]).await?.first().map(|row| row.try_get(0)).transpose()?)
+}
+
+/// Waits from wherever, also inside of a runtime, on a thread of its own.
+fn wait<T: Send>(asked: impl Future<Output = anyhow::Result<T>> + Send) -> anyhow::Result<T> {
     static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
     });
-    let (url, sql) = (url.to_owned(), sql.to_owned());
-    let (tell, told) = std::sync::mpsc::channel();
-    RUNTIME.spawn(async move {
-        let asked = async {
-            let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
-            tokio::spawn(connection);
-            anyhow::Ok(client.query_typed(&sql, &[]).await?.first().map(|row| row.try_get(0)).transpose()?)
-        };
-        let _ = tell.send(asked.await);
-    });
-    told.recv()?
+    std::thread::scope(|scope| scope.spawn(|| RUNTIME.block_on(asked)).join()).map_err(|_| anyhow!("it panicked"))?
 }

@@ -4,7 +4,9 @@ use anyhow::{Context, bail};
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
+use std::sync::LazyLock;
 use std::time::Duration;
+use warren_publisher::pace::paced;
 use warren_publisher::{BrokerError, Confirmed, Link, codec};
 use warren_shared::Message;
 use warren_shared::acks::{Ledger, Span};
@@ -19,7 +21,7 @@ pub(crate) struct Pile {
 }
 
 /// No message for so long: that was the last.
-const IDLE: Duration = Duration::from_millis(1000);
+static IDLE: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(1)));
 /// How long a message that the broker has counted may be on its way.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -59,7 +61,7 @@ impl Pile {
     /// The connection ended, or the broker delivers fewer messages than it counted.
     pub(crate) async fn next(&mut self) -> anyhow::Result<Option<(u64, Message)>> {
         // Beyond what was counted come those that another look has only just returned.
-        let patience = if self.seen < self.ready { PATIENCE } else { IDLE };
+        let patience = if self.seen < self.ready { PATIENCE } else { *IDLE };
         let delivery = match tokio::time::timeout(patience, self.messages.next()).await {
             Ok(Some(delivery)) => delivery.map_err(|e| BrokerError::lost(&e))?,
             _ if self.seen < self.ready => bail!(

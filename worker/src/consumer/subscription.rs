@@ -12,11 +12,12 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer, Error, ErrorKind};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use warren_publisher::broker::describe;
+use warren_publisher::pace::paced;
 use warren_publisher::{Link, codec};
 use warren_shared::Event;
 use warren_shared::acks::{Ack, Ledger, Span};
@@ -95,7 +96,7 @@ const CHUNK: usize = 256;
 /// A settled delivery behind a stuck one waits for its ack once to twice as long.
 const GAP: Duration = Duration::from_millis(20);
 /// How often a silent queue is looked at.
-const LOOK: Duration = Duration::from_secs(5);
+static LOOK: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(5)));
 /// How long the broker may take for an answer.
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long a hand-over waits for the confirms of what was sent; the next owner publishes what is left.
@@ -274,7 +275,7 @@ impl Subscription {
     async fn take(&mut self, channel: &Channel, consumer: &mut Consumer, epoch: &Arc<Epoch>, turn: u64) -> Ending {
         let mut sweep = tokio::time::interval(GAP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + *LOOK, *LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ear = Ear::default();
         loop {

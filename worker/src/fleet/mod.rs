@@ -10,28 +10,29 @@ use crate::metrics::{self, names};
 use gossip::{Gossip, Tiding};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
+use warren_publisher::pace::paced;
 use warren_publisher::{Broker, BrokerError, Publisher, Refused};
 use warren_shared::assignment::{Member, assign};
 use warren_shared::fleet::{Clock, Conflict, Fleet, Heard, Held, Kind, Role, Step, View, Word, step};
 use warren_shared::topology::{Order, Topology};
 
 /// How often a worker says that it lives.
-const BEAT: Duration = Duration::from_secs(1);
+static BEAT: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(1)));
 /// After a newcomer's word another is waited for so long.
-const CALM: Duration = Duration::from_secs(1);
+static CALM: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(1)));
 /// But no longer than this.
-const RESTLESS: Duration = Duration::from_secs(4);
+static RESTLESS: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(4)));
 /// What changes in so short a time is said at once.
 const BREATH: Duration = Duration::from_millis(20);
 /// An owner that has not subscribed after so long may not be able to.
-const OVERDUE: Duration = Duration::from_secs(5);
+static OVERDUE: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(5)));
 /// What is over sooner is no trouble for a person: every hand-over leaves a worker short of a subscription for a moment.
-const PASSING: Duration = Duration::from_secs(10);
+static PASSING: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(10)));
 /// Beats in which an owner says that it stands before us, while the broker serves us.
 const SURE: u32 = 3;
 
@@ -80,18 +81,18 @@ impl Newcomer {
         let hello = Word { kind: Kind::Join, ..me.clone() };
         // Before our own queue is bound: what comes back was heard by nobody. Under an alarm nothing comes at all.
         let heard = publisher.publish(gossip::message(&topology.fleet(), &hello));
-        let alone = matches!(tokio::time::timeout(CALM, heard).await, Ok(Err(Refused::Returned { .. })));
+        let alone = matches!(tokio::time::timeout(*CALM, heard).await, Ok(Err(Refused::Returned { .. })));
         let mut gossip = Gossip::open(broker, topology.fleet(), patience).await?;
         let mut fleet = Fleet::new(me, clock);
         let mut settled = alone;
         if !alone {
             gossip.say(hello);
-            let (begun, mut quiet) = (Instant::now(), Instant::now() + CALM);
+            let (begun, mut quiet) = (Instant::now(), Instant::now() + *CALM);
             while let Ok(Some(tiding)) = tokio::time::timeout_at(quiet, gossip.tidings.recv()).await {
                 let Tiding::Word(word) = tiding else { continue };
                 match fleet.hear(*word) {
                     Heard::Stranger { conflict, yield_to: true } => return Err(conflict.into()),
-                    Heard::Joined(_) => quiet = (Instant::now() + CALM / 2).max(quiet).min(begun + RESTLESS),
+                    Heard::Joined(_) => quiet = (Instant::now() + *CALM / 2).max(quiet).min(begun + *RESTLESS),
                     Heard::Echo(_) => settled = true,
                     _ => {}
                 }
@@ -115,7 +116,7 @@ pub async fn ask(
     let mut gossip = Gossip::open(broker, topology.fleet(), patience).await?;
     gossip.say(Word::ask(uuid::Uuid::new_v4().simple().to_string()));
     let mut words = BTreeMap::new();
-    let over = Instant::now() + BEAT * 3 / 2;
+    let over = Instant::now() + *BEAT * 3 / 2;
     while words.len() < enough
         && let Ok(Some(tiding)) = tokio::time::timeout_at(over, gossip.tidings.recv()).await
     {
@@ -305,7 +306,7 @@ struct Task {
 
 impl Task {
     async fn run(mut self, mut leaving: oneshot::Receiver<oneshot::Sender<()>>) {
-        let mut beat = tokio::time::interval(BEAT);
+        let mut beat = tokio::time::interval(*BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // When the next assignment is due, and until when it may be put off.
         let (mut due, mut latest) = (Some(Instant::now()), None);
@@ -346,7 +347,7 @@ impl Task {
                             Then::DealSoon => due = Some(now + BREATH),
                             Then::DealWhenCalm => {
                                 speak = speak.or(Some(now + BREATH));
-                                due = Some((now + CALM).min(*latest.get_or_insert(now + RESTLESS)));
+                                due = Some((now + *CALM).min(*latest.get_or_insert(now + *RESTLESS)));
                             }
                         },
                     }
@@ -470,7 +471,7 @@ impl Task {
                 role: post.role,
                 mine,
                 owner,
-                overdue: post.since.elapsed() > OVERDUE,
+                overdue: post.since.elapsed() > *OVERDUE,
                 inverted: post.contradictions >= SURE,
             };
             match step(view) {
@@ -531,10 +532,10 @@ impl Task {
         me.clock = self.subscriptions.clock().now();
         me.troubles = self.vitals.reasons();
         self.ill = if me.troubles.is_empty() { None } else { self.ill.or(Some(Instant::now())) };
-        if self.ill.is_none_or(|since| since.elapsed() < PASSING) {
+        if self.ill.is_none_or(|since| since.elapsed() < *PASSING) {
             me.troubles.clear();
         }
-        self.strangers.retain(|_, (_, at)| at.elapsed() < 5 * BEAT);
+        self.strangers.retain(|_, (_, at)| at.elapsed() < 5 * *BEAT);
         me.troubles.extend(self.strangers.values().map(|(conflict, _)| conflict.to_string()));
         self.gossip.say(Word { kind, ..me.clone() });
     }

@@ -76,7 +76,7 @@ impl Postgres {
                 lease.keep();
                 Ok((identity, periods))
             };
-            match tokio::time::timeout(patience.max(PATIENCE), opened).await {
+            match tokio::time::timeout(patience.max(*PATIENCE), opened).await {
                 Ok(Ok(opened)) => break opened,
                 Ok(Err(StoreError::Unavailable(why))) if Instant::now() < deadline => {
                     tracing::warn!("the store is not there yet, trying again: {why}");

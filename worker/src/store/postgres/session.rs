@@ -3,14 +3,16 @@ use crate::store::StoreError;
 use deadpool_postgres::{Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
 use futures_util::future::{BoxFuture, join3};
 use std::ops::Deref;
+use std::sync::LazyLock;
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Config, Row};
+use warren_publisher::pace::paced;
 use warren_publisher::postgres::{Postgres as Server, problem};
 
 /// How long a call may take; the server is told less, so that it gives up first.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) static PATIENCE: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(20)));
 /// A statement's parameters.
 pub(super) type Values<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
 
@@ -25,7 +27,7 @@ impl Sessions {
     pub(super) fn new(server: Server, most: usize) -> Result<Self, StoreError> {
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_connect(Config::new(), Present(server.clone()), recycling);
-        let pool = Pool::builder(manager).max_size(most).runtime(Runtime::Tokio1).create_timeout(Some(PATIENCE));
+        let pool = Pool::builder(manager).max_size(most).runtime(Runtime::Tokio1).create_timeout(Some(*PATIENCE));
         let pool = pool.build().map_err(|error| StoreError::Unavailable(error.to_string()))?;
         Ok(Self { pool, server })
     }
@@ -114,24 +116,26 @@ impl From<tokio_postgres::Error> for StoreError {
 
 /// Work of the store, no longer than any call may take.
 pub(super) async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {PATIENCE:?}"));
-    tokio::time::timeout(PATIENCE, work).await.map_err(|_| silent())?
+    let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {:?}", *PATIENCE));
+    tokio::time::timeout(*PATIENCE, work).await.map_err(|_| silent())?
 }
 
 /// The beginning of a transaction, with more to select. Nothing is set for the session and no statement has a name: the next
 /// transaction may meet another connection of a pooler.
 pub(super) fn begin(more: &str) -> String {
-    begin_within(Duration::from_secs(15), more)
+    begin_within(paced(Duration::from_secs(15)), more)
 }
 
 /// The same, where a statement may take so long; and who holds the transaction open may be silent not much longer. Where the
 /// server's default is not to wait for its disk, this one waits: what is acked afterwards exists nowhere else.
 pub(super) fn begin_within(statement: Duration, more: &str) -> String {
-    let (statement, silence) = (statement.as_millis(), statement.as_millis() + 5_000);
+    // Shorter than a statement may take, so that it is told who waits for whom.
+    let lock = paced(Duration::from_secs(5)).as_millis();
+    let (statement, silence) = (statement.as_millis(), statement.as_millis() + lock);
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config('synchronous_commit',
              CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true),
-         set_config('lock_timeout', '5s', true),
+         set_config('lock_timeout', '{lock}ms', true),
          set_config('statement_timeout', '{statement}ms', true),
          set_config('idle_in_transaction_session_timeout', '{silence}ms', true){more}"
     )

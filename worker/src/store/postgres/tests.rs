@@ -12,9 +12,10 @@ use warren_shared::env::Secret;
 /// Where connections are opened whose tests are not asynchronous.
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
 
-/// The server of `DATABASE_URL`, else the private one, started if need be.
+/// The server of `DATABASE_URL`, else the one that `scripts/test` has started, else the private one, started if need be.
 static URL: LazyLock<String> = LazyLock::new(|| {
-    if let Some(url) = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres")) {
+    let named = |variable| std::env::var(variable).ok().filter(|url| url.starts_with("postgres"));
+    if let Some(url) = named("DATABASE_URL").or_else(|| named("WARREN_TEST_POSTGRES")) {
         return url;
     }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres");

@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 /// A CA.
 #[derive(Debug)]
-pub struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// Its certificate, as PEM.
-    pub pem: String,
+    pub(crate) pem: String,
 }
 
 /// A certificate and its private key, as PEM.
 #[derive(Clone, Debug)]
-pub struct Pair {
+pub(crate) struct Pair {
     /// The certificate.
-    pub cert: String,
+    pub(crate) cert: String,
     /// The key.
-    pub key: String,
+    pub(crate) key: String,
 }
 
 impl Authority {
@@ -27,7 +27,7 @@ impl Authority {
     ///
     /// # Errors
     /// There is none.
-    pub fn new(name: &str) -> anyhow::Result<Self> {
+    pub(crate) fn new(name: &str) -> anyhow::Result<Self> {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -41,7 +41,7 @@ impl Authority {
     ///
     /// # Errors
     /// That is no name.
-    pub fn server(&self, name: &str) -> anyhow::Result<Pair> {
+    pub(crate) fn server(&self, name: &str) -> anyhow::Result<Pair> {
         self.issue(CertificateParams::new([name.to_owned()])?, name)
     }
 
@@ -49,7 +49,7 @@ impl Authority {
     ///
     /// # Errors
     /// That is no name.
-    pub fn expired(&self, name: &str) -> anyhow::Result<Pair> {
+    pub(crate) fn expired(&self, name: &str) -> anyhow::Result<Pair> {
         let mut params = CertificateParams::new([name.to_owned()])?;
         (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
         self.issue(params, name)
@@ -59,7 +59,7 @@ impl Authority {
     ///
     /// # Errors
     /// There is none.
-    pub fn client(&self, name: &str) -> anyhow::Result<Pair> {
+    pub(crate) fn client(&self, name: &str) -> anyhow::Result<Pair> {
         self.issue(CertificateParams::default(), name)
     }
 
@@ -78,7 +78,7 @@ impl Pair {
     ///
     /// # Errors
     /// They cannot be written.
-    pub fn write(&self, dir: &Path, name: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+    pub(crate) fn write(&self, dir: &Path, name: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
         let (cert, key) = (dir.join(format!("{name}.pem")), dir.join(format!("{name}.key")));
         std::fs::write(&cert, &self.cert)?;
         std::fs::write(&key, &self.key)?;
