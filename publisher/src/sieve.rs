@@ -12,7 +12,9 @@ use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio};
 use futures_io::{AsyncRead, AsyncWrite};
 use futures_rustls::TlsConnector;
+use futures_rustls::client::TlsStream;
 use futures_util::Stream;
+use futures_util::future::Either;
 use lapin::tcp::AMQPUriTcpExt;
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
@@ -42,12 +44,13 @@ pub(crate) async fn connect(
         // Whatever the scheme, the library makes a connection and no TLS.
         let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
         let plain = AMQPUriTcpExt::connect_async(&bare, &Runtime::new(tokio.clone())).await?;
-        let stream = match (uri.scheme, &tls, plain) {
-            (AMQPScheme::AMQP, None, plain) => plain,
-            (AMQPScheme::AMQPS, Some(tls), AsyncTcpStream::Plain(plain)) => {
+        let AsyncTcpStream::Plain(plain) = plain else { return Err(io::Error::other("TLS of the library's").into()) };
+        let stream = match (uri.scheme, &tls) {
+            (AMQPScheme::AMQP, None) => Either::Left(plain),
+            (AMQPScheme::AMQPS, Some(tls)) => {
                 let name = ServerName::try_from(bare.authority.host);
                 let name = name.map_err(|_| io::Error::other("the host is no name that a certificate can have"))?;
-                AsyncTcpStream::Rustls(tls.connect(name, plain).await?)
+                Either::Right(tls.connect(name, plain).await?)
             }
             _ => return Err(io::Error::other("TLS where the URL asks for it, and nowhere else").into()),
         };
@@ -56,7 +59,9 @@ pub(crate) async fn connect(
     Connection::connector(uri, runtime, connect, properties).await
 }
 
-type Inner = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+type Tcp = <Tokio as Reactor>::TcpStream;
+/// In plain, or in TLS.
+type Inner = Either<Tcp, TlsStream<Tcp>>;
 
 /// The reactor of tokio, with another type of stream.
 #[derive(Clone, Debug)]
@@ -86,7 +91,7 @@ impl Reactor for Sieving {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async move { Ok(Sieve::new(AsyncTcpStream::Plain(connecting.await?))) }
+        async move { Ok(Sieve::new(Either::Left(connecting.await?))) }
     }
 }
 
