@@ -2,6 +2,7 @@
 //!
 //! Letters are taken unacked and go back in order when the channel closes; only what was replayed (and confirmed) or
 //! dropped is acked.
+use crate::fault;
 use crate::pile::Pile;
 use anyhow::bail;
 use std::collections::{BTreeMap, HashSet};
@@ -237,7 +238,9 @@ impl Dead {
             messages.push(revive(message, &self.topology.door()));
         }
         let mut finished = Vec::new();
-        for ((tag, letter), outcome) in letters.into_iter().zip(publisher.publish_all(messages).await) {
+        let outcomes = publisher.publish_all(messages).await;
+        fault::point("letters-replayed");
+        for ((tag, letter), outcome) in letters.into_iter().zip(outcomes) {
             match outcome {
                 Ok(confirmed) => finished.push((tag, letter, Some(confirmed))),
                 // In order: what comes after a refused one stays with it.
