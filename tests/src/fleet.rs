@@ -6,7 +6,8 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -138,9 +139,16 @@ pub struct Load {
     feeding: JoinHandle<anyhow::Result<Vec<String>>>,
     sender: Process,
     rejects: PathBuf,
+    fed: Arc<AtomicUsize>,
 }
 
 impl Load {
+    /// How many were handed to the sender until now.
+    #[must_use]
+    pub fn fed(&self) -> usize {
+        self.fed.load(Ordering::Relaxed)
+    }
+
     /// Stops, and waits until everything is confirmed; returns the ids.
     ///
     /// # Errors
@@ -216,6 +224,8 @@ impl Lab {
         command.arg("send").args(arguments).arg("--rejects").arg(&rejects).arg("-");
         let (sender, mut stdin) = Process::start_fed(command, &self.path(&format!("load{number}.log")))?;
         let (stop, stopped) = watch::channel(false);
+        let fed = Arc::<AtomicUsize>::default();
+        let counted = fed.clone();
         let feeding = tokio::spawn(async move {
             let mut step = tokio::time::interval(Duration::from_millis(1000 / STEPS as u64));
             let (mut ids, mut due) = (Vec::new(), 0.0);
@@ -226,13 +236,14 @@ impl Lab {
                 while (ids.len() as f64) < due {
                     let event = make(ids.len());
                     ids.push(event["id"].as_str().context("an id")?.to_owned());
+                    counted.store(ids.len(), Ordering::Relaxed);
                     lines.push_str(&format!("{event}\n"));
                 }
                 stdin.write_all(lines.as_bytes()).await.context("the sender ended")?;
             }
             Ok(ids)
         });
-        Ok(Load { stop, feeding, sender, rejects })
+        Ok(Load { stop, feeding, sender, rejects, fed })
     }
 
     /// Waits until all these events have their outcomes and all effects are on the bus; returns the account.

@@ -232,11 +232,7 @@ impl Worker {
         let start = async {
             let link = broker.connect_within("publish", settings.connect_timeout).await?;
             let store = open(&settings, &run).await?;
-            store.beat().await?;
-            // Instances that begin under these definitions end under them, whatever is deployed meanwhile.
-            for plan in &plans {
-                store.keep(plan.id, plan.state()).await?;
-            }
+            introduce(&*store, &plans, settings.connect_timeout).await?;
             match settings.declare {
                 Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
                 Declare::Never => declare::check(&link, &topology.declarations()).await?,
@@ -393,6 +389,29 @@ async fn flush(outbox: &Outbox, patience: Duration) {
             return;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Tells the store who we are and which definitions we have. A store that was there a moment ago and is gone now is waited for as
+/// one that is not there yet.
+async fn introduce(store: &dyn Store, plans: &Plans, patience: Duration) -> Result<(), StoreError> {
+    let deadline = tokio::time::Instant::now() + patience;
+    loop {
+        let told = async {
+            store.beat().await?;
+            // Instances that begin under these definitions end under them, whatever is deployed meanwhile.
+            for plan in plans {
+                store.keep(plan.id, plan.state()).await?;
+            }
+            Ok(())
+        };
+        match told.await {
+            Err(StoreError::Unavailable(why)) if tokio::time::Instant::now() < deadline => {
+                tracing::warn!("the store is gone again, trying again: {why}");
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+            told => return told,
+        }
     }
 }
 
