@@ -3,7 +3,7 @@
 
 help:
 	@echo 'make demo   an order process on a real RabbitMQ, with kills; half a minute after the build (STORE=postgres: with an order ledger)'
-	@echo 'make test   unit, property, exam and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
+	@echo 'make test   unit, property, conformance and end-to-end tests (BROKER=3.10|4.0|4.3, STORE=sqlite|postgres)'
 	@echo 'make soak   the tests that give confidence by their length, as long as they can be: half an hour, target/soak.txt'
 	@echo 'make bench  Warren beside loops by hand and other makes: a table, target/bench.json (ARGS=--smoke: a minute)'
 	@echo 'make lint   format, clippy, licences and sources of crates, docs'

@@ -2,7 +2,8 @@
 use std::time::Duration;
 
 /// The length of a timer inside of a program. Debug builds multiply it with `WARREN_TEST_PACE`, where a test has set that: 0.2 is
-/// five times as fast. All timers alike, so that what is shorter than another one stays so. Release builds do not read it.
+/// five times as fast. Timers that rest on one another come here together, so that the shorter one stays the shorter. Release builds
+/// do not read it.
 #[must_use]
 pub fn paced(length: Duration) -> Duration {
     #[cfg(debug_assertions)]

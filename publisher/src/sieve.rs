@@ -44,7 +44,9 @@ pub(crate) async fn connect(
         // Whatever the scheme, the library makes a connection and no TLS.
         let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
         let plain = AMQPUriTcpExt::connect_async(&bare, &Runtime::new(tokio.clone())).await?;
-        let AsyncTcpStream::Plain(plain) = plain else { return Err(io::Error::other("TLS of the library's").into()) };
+        let AsyncTcpStream::Plain(plain) = plain else {
+            return Err(io::Error::other("the library's own TLS is not in use").into());
+        };
         let stream = match (uri.scheme, &tls) {
             (AMQPScheme::AMQP, None) => Either::Left(plain),
             (AMQPScheme::AMQPS, Some(tls)) => {
