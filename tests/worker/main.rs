@@ -13,7 +13,8 @@
 //! second row.
 //! {"fail": true} fails for good between the two.
 //!
-//! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970).
+//! What an event's data asks for happens: {"sleep": S} takes S seconds, {"fail_until": MS} fails until that time (since 1970),
+//! {"fail": N} fails the first N attempts.
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
@@ -23,12 +24,14 @@ use warren_shared::env::Reader;
 use warren_shared::retry::Policy;
 use warren_shared::{Event, Limits, Value};
 use warren_tests::trace::now;
-use warren_worker::{Failure, Reply, Tx, Worker, shutdown};
+use warren_worker::{Context, Failure, Reply, Tx, Worker, shutdown};
 
 #[derive(serde::Deserialize, Default)]
 struct Wish {
     sleep: Option<f64>,
     fail_until: Option<i64>,
+    #[serde(default)]
+    fail: u32,
 }
 
 fn main() -> ExitCode {
@@ -39,7 +42,7 @@ fn main() -> ExitCode {
     let Some(path) = std::env::args().nth(1) else { return ExitCode::from(64) };
     let Ok(file) = std::fs::OpenOptions::new().create(true).append(true).open(path) else { return ExitCode::FAILURE };
     let file = Arc::new(Mutex::new(file));
-    let handle = move |event: Event, _| {
+    let handle = move |event: Event, cx: Context| {
         let file = file.clone();
         async move {
             let sequence = event.extension("sequence").map_or_else(|| "-".into(), ToString::to_string);
@@ -48,7 +51,8 @@ fn main() -> ExitCode {
             if let Some(seconds) = wish.sleep {
                 tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
             }
-            let failed = wish.fail_until.is_some_and(|until| jiff::Timestamp::now().as_millisecond() < until);
+            let early = wish.fail_until.is_some_and(|until| jiff::Timestamp::now().as_millisecond() < until);
+            let failed = early || cx.attempt <= wish.fail;
             note(&file, &format!("e {} {}\n", now(), event.id()));
             if failed {
                 return Err(Failure::retry("not yet"));
