@@ -5,7 +5,8 @@
 //!            unreadable ─▶ Burying ── confirmed ─────────────────▶ Safe
 //! Received ─ early ──────▶ Parking ── confirmed ─(Leaving)───────▶ Safe
 //!            fresh ──────▶ Running ── succeeded ─▶ Succeeded ─────▶ Safe     (committed, or superseded)
-//!                             ▲                       └ outdated: the state that it rests on has changed
+//!                             ▲                       ├ outdated: the state that it rests on has changed
+//!                             │                       └ refused: the store cannot hold it ─▶ Condemned
 //!            redelivered ▶ Suspected ─ recorded ─▶ Running | Suspected, alone | Condemned
 //!                          Running ── failed ────▶ Parking | Holding ─▶ Running | Condemned
 //!                                                  Condemned ─────▶ Safe     (committed, or superseded)
@@ -124,6 +125,11 @@ pub enum Doom {
         /// Starts that never finished.
         attempts: u32,
     },
+    /// The handler succeeded, and the store cannot hold what comes of it.
+    Unstorable {
+        /// Attempts made.
+        attempts: u32,
+    },
 }
 
 /// Where to go once the record is gone.
@@ -187,6 +193,8 @@ pub enum Fact {
     Superseded,
     /// The state that the effect rests on was changed by another event meanwhile; ours was dropped whole.
     Outdated,
+    /// The store cannot hold the effect, however often it is asked; nothing of it was recorded.
+    Refused,
     /// The broker has the copy.
     Confirmed,
     /// The record of the start is gone.
@@ -355,6 +363,7 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Succeeded(_) | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,
         // The same attempt: it did not fail.
         (S::Succeeded(run), F::Outdated) => S::Running(run),
+        (S::Succeeded(run), F::Refused) => S::Condemned(Doom::Unstorable { attempts: run.attempt }),
         (S::Parking { record, .. }, F::Confirmed) => leave(record, Exit::Safe),
         (S::Burying, F::Confirmed) => S::Safe,
 

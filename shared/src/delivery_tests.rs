@@ -35,7 +35,8 @@ fn explore_all(law: Law, content: Content, copies: u32, trouble: Trouble, seen: 
 
 #[test]
 fn every_path_ends_in_one_effect_or_one_verdict() {
-    let t = |crashes, losses, breaks, early| Trouble { crashes, losses, breaks, early, outdated: 0 };
+    let t = |crashes, losses, breaks, early| Trouble { crashes, losses, breaks, early, ..Trouble::default() };
+    let r = |crashes, breaks| Trouble { refused: 1, ..t(crashes, 0, breaks, 0) };
     let o = |crashes, losses| Trouble { outdated: 2, ..t(crashes, losses, 0, 0) };
     let mut seen = Seen::new();
     for wait in [Wait::InLadder, Wait::InPlace] {
@@ -59,6 +60,9 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
             ("an outdated state, and a crash", usual, Content::Routed, 1, o(1, 0)),
             ("an outdated state, and a lost channel", usual, Content::Routed, 1, o(0, 1)),
             ("an outdated state, and a second copy", usual, Content::Routed, 2, o(0, 0)),
+            ("what the store cannot hold, and a crash", usual, Content::Routed, 1, r(1, 0)),
+            ("what the store cannot hold, and two broken actions", usual, Content::Routed, 1, r(0, 2)),
+            ("what the store cannot hold, and a second copy", usual, Content::Routed, 2, r(0, 0)),
             ("no route", usual, Content::Unrouted, 1, t(1, 1, 1, 0)),
             ("no event", usual, Content::Garbage, 1, t(1, 1, 1, 0)),
         ] {
@@ -84,7 +88,7 @@ fn can_bring(action: Action, fact: Fact) -> bool {
         // A handler runs on when its channel goes; a broken one has failed.
         A::Run(_) => matches!(fact, F::Succeeded | F::Failed { .. } | F::Interrupted),
         A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
-        A::CommitDone => matches!(fact, F::Committed | F::Superseded | F::Outdated | F::Broken),
+        A::CommitDone => matches!(fact, F::Committed | F::Superseded | F::Outdated | F::Refused | F::Broken),
         A::CommitDead(_) => matches!(fact, F::Committed | F::Superseded | F::Broken),
         A::Park { .. } | A::Bury => matches!(fact, F::Confirmed | F::Gone | F::Broken),
         A::Release => matches!(fact, F::Released | F::Broken),
@@ -128,6 +132,7 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
         Fact::Committed,
         Fact::Superseded,
         Fact::Outdated,
+        Fact::Refused,
         Fact::Confirmed,
         Fact::Released,
         Fact::Acked,

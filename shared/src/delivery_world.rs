@@ -41,6 +41,8 @@ pub(super) struct Trouble {
     pub(super) early: u32,
     /// Effects that rest on a state which another event changes.
     pub(super) outdated: u32,
+    /// Effects that the store cannot hold.
+    pub(super) refused: u32,
 }
 
 #[derive(Debug)]
@@ -78,6 +80,8 @@ struct Life {
     released: bool,
     /// A start was recorded, and nobody heard of it.
     unsure: bool,
+    /// The store cannot hold what its success would record.
+    refused: bool,
     outcome: bool,
     proof: bool,
     acked: bool,
@@ -229,6 +233,10 @@ impl World {
                 if self.outcome.is_none() && self.spend(oracle, |t| &mut t.outdated) {
                     return Fact::Outdated;
                 }
+                if self.outcome.is_none() && self.spend(oracle, |t| &mut t.refused) {
+                    life.refused = true;
+                    return Fact::Refused;
+                }
                 self.commit(Outcome::Done)
             }
             Action::CommitDead(doom) => {
@@ -315,6 +323,9 @@ impl Life {
             Doom::NoRoute => world.content == Content::Unrouted && self.result.is_none(),
             Doom::Permanent { attempts } => after(Failure::Permanent) && attempts == self.attempt,
             Doom::Exhausted { attempts } => after(TRANSIENT) && attempts == world.law.retry.attempts,
+            Doom::Unstorable { attempts } => {
+                self.refused && self.result == Some(Fact::Succeeded) && attempts == self.attempt
+            }
             Doom::Crash { attempts } => {
                 attempts == self.unfinished + 1
                     && attempts >= world.law.crash_limit

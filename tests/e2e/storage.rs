@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 use warren_tests::process::expect_exit;
 use warren_tests::raw::free_port;
-use warren_tests::{Lab, Ledger, event, events, until};
+use warren_tests::{Lab, Ledger, Postgres, event, events, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -163,4 +163,60 @@ async fn a_start_on_a_full_disk_names_the_cure() -> anyhow::Result<()> {
     let all = stdout + &stderr;
     ensure!(all.contains("make room on the disk") && all.contains("warren.db"), "{all}");
     Ok(())
+}
+
+/// Three events in the midst of others make what the store refuses to hold.
+async fn what_cannot_be_held_dies_alone(
+    mut lab: Lab,
+    refuse: impl AsyncFnOnce(&Lab) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let routes = lab.fresh_route("}, {on: odd, emit: order.unholdable");
+    lab.set("WARREN_ROUTES", &routes);
+    lab.declare().await?;
+    let heard = lab.recorded().await?;
+    let mut all = events(300, 20);
+    for (n, at) in [(1, 30), (2, 100), (3, 101)] {
+        all.insert(at, event(&format!("odd-{n}"), "odd", &format!("k{n}"), json!({})));
+    }
+    // The schema is made by the first that opens it.
+    lab.run(&["check"]).await?;
+    refuse(&lab).await?;
+    let ids = lab.send(&all).await?;
+    let mut worker = lab.worker()?;
+    let ledger = lab.account(&ids, &heard, PATIENCE).await?;
+    let mut dead = lab.dead().await?;
+    dead.sort();
+    let expected = ["odd-1", "odd-2", "odd-3"].map(|id| (id.to_owned(), "unstorable".to_owned()));
+    ensure!(dead == expected, "{dead:?}{}", lab.logs());
+    ensure!(ledger.adds_up() && ledger.handled == 300, "{ledger:?}");
+    lab.calls_in_order()?;
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    ensure!(lab.starts() == 0 && lab.queued().await? == 0, "{} starts, {} queued", lab.starts(), lab.queued().await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_file_cannot_hold_dies_alone_with_the_reason() -> anyhow::Result<()> {
+    let mut lab = Lab::new("storage-odd")?;
+    let path = lab.path("warren.db");
+    lab.set("DATABASE_URL", &format!("sqlite://{}", path.display()));
+    lab.postgres = None;
+    what_cannot_be_held_dies_alone(lab, async |_| {
+        Ok(rusqlite::Connection::open(&path)?.execute_batch(
+            "CREATE TRIGGER never BEFORE INSERT ON outbox WHEN instr(NEW.envelope, 'order.unholdable')
+                 BEGIN SELECT RAISE(ABORT, 'unholdable'); END",
+        )?)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn what_a_database_cannot_hold_dies_alone_with_the_reason() -> anyhow::Result<()> {
+    let lab = Lab::new("storage-odd-pg")?.with_store(Postgres::shared("storage-odd-pg")?);
+    what_cannot_be_held_dies_alone(lab, async |lab| {
+        let client = lab.postgres.as_ref().context("a database")?.client().await?;
+        let never = "ALTER TABLE {s}.outbox ADD CHECK (position('order.unholdable' in envelope) = 0)";
+        Ok(client.batch_execute(&lab.in_schema(never)).await?)
+    })
+    .await
 }

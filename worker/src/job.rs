@@ -267,6 +267,7 @@ impl Job {
             }
             Doom::Permanent { attempts } => ("permanent", attempts, self.error.clone()),
             Doom::Exhausted { attempts } => ("exhausted", attempts, self.error.clone()),
+            Doom::Unstorable { attempts } => ("unstorable", attempts, self.error.clone()),
             Doom::Crash { attempts } => {
                 ("crash", attempts, "the worker's process died whenever it handled this event".to_owned())
             }

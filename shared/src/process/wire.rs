@@ -52,7 +52,7 @@ pub struct Try {
 /// Why a step failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failed {
-    /// The word of the dead letter: `permanent`, `exhausted`, `crash`, `no-route`; or `unheard`, where nobody subscribes.
+    /// The word of the dead letter: `permanent`, `exhausted`, `unstorable`, `crash`, `no-route`; or `unheard`, where nobody subscribes.
     pub reason: String,
     /// A sentence for a person.
     #[serde(default)]

@@ -33,11 +33,20 @@ pub(super) const STATIONS: [Station; 7] =
 /// A transaction, a read or a chunk of publishes holds so many events at most.
 pub(super) const BATCH: usize = 256;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Queue {
     pub(super) waiting: VecDeque<Id>,
     pub(super) busy: bool,
     failures: u32,
+    /// How many the next batch holds at most: half of one that failed, so that whoever is at fault ends up alone in one;
+    /// twice one that went well.
+    most: usize,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self { waiting: VecDeque::new(), busy: false, failures: 0, most: BATCH }
+    }
 }
 
 impl Pipeline {
@@ -98,7 +107,33 @@ impl Pipeline {
         let ended = |(recorded, effect): (Recorded, Effect)| ended(recorded, &effect.partition, effect.out, &mut relay);
         let answer = answer.map(|all| all.into_iter().zip(effects).map(ended).collect());
         self.relay(relay);
-        self.answered(Station::Commit, ids, answer, Self::settle);
+        match answer {
+            Err(StoreError::Refused(why)) => self.refused(ids, why),
+            answer => self.answered(Station::Commit, ids, answer, Self::settle),
+        }
+    }
+
+    /// The store works, and cannot hold one of these effects at least. Alone in a batch, it is the one.
+    fn refused(&mut self, ids: Vec<Id>, why: String) {
+        let [id] = ids[..] else {
+            // Again in halves, at once.
+            let queue = self.station_mut(Station::Commit);
+            (queue.busy, queue.most) = (false, (ids.len() / 2).max(1));
+            return ids.into_iter().rev().for_each(|id| queue.waiting.push_front(id));
+        };
+        match self.jobs.get_mut(&id) {
+            Some(job) if matches!(job.state, State::Succeeded(_)) => {
+                job.error = why;
+                self.rested(Station::Commit);
+                self.fact(id, Fact::Refused);
+            }
+            // It gives way to the others.
+            _ => {
+                tracing::error!(why, "a dead letter cannot be recorded, trying again: the other events go on");
+                self.enqueue(Station::Commit, id);
+                self.rest(Station::Commit);
+            }
+        }
     }
 
     /// The handler's transaction recorded it.
@@ -286,11 +321,12 @@ impl Pipeline {
 
     pub(super) fn rested(&mut self, station: Station) {
         let queue = self.station_mut(station);
-        (queue.busy, queue.failures) = (false, 0);
+        (queue.busy, queue.failures, queue.most) = (false, 0, (2 * queue.most).min(BATCH));
     }
 
     /// The batch is repeated after a pause; the station stays busy until then.
     pub(super) fn broke(&mut self, station: Station, ids: Vec<Id>) {
+        let most = (ids.len() / 2).max(1);
         for id in ids.into_iter().rev() {
             if let Some(job) = self.jobs.get(&id) {
                 // What is only marked goes on meanwhile.
@@ -301,6 +337,12 @@ impl Pipeline {
                 self.station_mut(station).waiting.push_front(id);
             }
         }
+        self.station_mut(station).most = most;
+        self.rest(station);
+    }
+
+    /// The station does nothing for a while, longer each time until a batch goes well.
+    fn rest(&mut self, station: Station) {
         let queue = self.station_mut(station);
         queue.failures += 1;
         let pause = Duration::from_millis(50 << queue.failures.min(6));
@@ -333,7 +375,7 @@ impl Pipeline {
         if queue.busy || queue.waiting.is_empty() {
             return;
         }
-        let count = queue.waiting.len().min(BATCH);
+        let count = queue.waiting.len().min(queue.most);
         let mut ids: Vec<Id> = queue.waiting.drain(..count).collect();
         ids.retain(|id| self.jobs.contains_key(id));
         // A delivery whose channel ended comes again: neither looked up nor copied. Outcomes are recorded all the same.

@@ -28,7 +28,9 @@ use warren_shared::{Identity, Message};
 #[must_use]
 pub struct Committed(());
 
-/// Why the store did not do it. Nothing was changed; the same call is safe to repeat.
+/// Why the store did not do it. Nothing was changed; the same call is safe to repeat, which helps unless it is [`Refused`].
+///
+/// [`Refused`]: StoreError::Refused
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
     /// It cannot be opened.
@@ -54,6 +56,10 @@ pub enum StoreError {
     /// Its kind runs no handler inside its transactions.
     #[error("a handler that takes part in the store's transaction needs PostgreSQL: set DATABASE_URL to postgres://…")]
     NoTransactions,
+    /// It works, and refuses what it was given: text that it cannot hold, a size beyond its limits, a constraint. To repeat the
+    /// same call cannot help.
+    #[error("the store cannot hold this: {0}")]
+    Refused(String),
     /// It does not answer, or refuses to write (locked, full, gone).
     #[error("the store does not take it: {0}")]
     Unavailable(String),
@@ -129,6 +135,15 @@ pub struct Row {
     pub partition: Arc<str>,
     /// What to publish.
     pub message: Message,
+}
+
+/// What a row of the outbox publishes, but for its body. One that cannot be read stays where it is: it keeps no other row of its
+/// partition from being published.
+fn message(row: i64, envelope: &str) -> Option<Message> {
+    let unreadable = |error: &serde_json::Error| {
+        tracing::error!(row, %error, "row {row} of the outbox cannot be read and is left there: was it written by a newer version?");
+    };
+    serde_json::from_str(envelope).inspect_err(unreadable).ok()
 }
 
 /// Whose outbox rows to take over.

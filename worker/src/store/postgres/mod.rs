@@ -26,7 +26,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 use warren_publisher::postgres::Postgres as Server;
-use warren_shared::{Identity, Message};
+use warren_shared::Identity;
 
 /// Connections for the store's own calls: a batch of each kind may be under way.
 const OWN: usize = 4;
@@ -251,7 +251,7 @@ impl Inner {
         );
         let values: Values<'_> = &[(&self.worker, Type::TEXT), (&uuid(cause), Type::UUID)];
         let rows = lease.query_typed(&sql, values).await?;
-        let mut rows = rows.iter().map(row).collect::<Result<Vec<Row>, _>>()?;
+        let mut rows: Vec<Row> = rows.iter().filter_map(row).collect();
         rows.sort_unstable_by_key(|row| row.id);
         self.trust(cause);
         let proof = Committed(());
@@ -299,9 +299,7 @@ impl Inner {
             let take = format!(
                 "UPDATE {s}.outbox SET worker = $1 WHERE worker <> $1 AND {which} RETURNING id, partition, envelope, body"
             );
-            for taken in self.write(&take, values).await? {
-                rows.push(row(&taken)?);
-            }
+            rows.extend(self.write(&take, values).await?.iter().filter_map(row));
             rows.sort_unstable_by_key(|row: &Row| row.id);
         }
         if let Left::Silent(_) = left {
@@ -404,7 +402,11 @@ impl Store for Postgres {
         let (inner, asked) = (self.0.clone(), effects.clone());
         let answer = self.call(|inner| async move { inner.commit(&effects).await });
         Box::pin(async move {
-            answer.await.inspect_err(|_| {
+            answer.await.inspect_err(|error| {
+                // What is refused was rolled back for certain.
+                if matches!(error, StoreError::Refused(_)) {
+                    return;
+                }
                 let sending = asked.iter().filter(|effect| !effect.out.is_empty());
                 sending.filter_map(|effect| effect.seen).for_each(|seen| inner.doubt(seen.identity));
             })
@@ -501,17 +503,15 @@ fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
     counts.into_iter().unzip()
 }
 
-fn row(row: &tokio_postgres::Row) -> Result<Row, StoreError> {
+fn row(row: &tokio_postgres::Row) -> Option<Row> {
     let (id, partition, envelope): (i64, &str, &str) = (row.get(0), row.get(1), row.get(2));
-    let message: Result<Message, _> = serde_json::from_str(envelope);
-    let mut message = message
-        .map_err(|error| StoreError::Unavailable(format!("the outgoing event of row {id} cannot be read: {error}")))?;
+    let mut message = super::message(id, envelope)?;
     message.body = row.get(3);
-    Ok(Row { id, partition: partition.into(), message })
+    Some(Row { id, partition: partition.into(), message })
 }
 
 fn unwritable(error: serde_json::Error) -> StoreError {
-    StoreError::Unavailable(format!("an outgoing event cannot be written: {error}"))
+    StoreError::Refused(format!("an outgoing event cannot be written: {error}"))
 }
 
 #[cfg(test)]

@@ -110,7 +110,21 @@ impl Drop for Lease {
 
 impl From<tokio_postgres::Error> for StoreError {
     fn from(error: tokio_postgres::Error) -> Self {
-        Self::Unavailable(format!("PostgreSQL: {}", problem(&error)))
+        let said = format!("PostgreSQL: {}", problem(&error));
+        if is_of_the_data(&error) { Self::Refused(said) } else { Self::Unavailable(said) }
+    }
+}
+
+/// Whether the server, or the library that speaks to it, refuses the values of a statement: data exceptions, constraints,
+/// and limits of a program, a row or a message. The same values would be refused again.
+fn is_of_the_data(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        Some(code) => matches!(&code.code()[..2], "22" | "23" | "54"),
+        // The library has no name for these two.
+        None => {
+            let said = error.to_string();
+            said.starts_with("error serializing parameter") || said.starts_with("error encoding message")
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The exam, and what only a server can do wrong. Each test has a schema of its own on the private server of
 //! `scripts/postgres`.
 use super::*;
-use crate::store::Outcome;
 use crate::store::exam::{Candidate, Model, exam};
+use crate::store::{Change, Outcome};
 use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::runtime::Runtime;
+use warren_shared::Message;
 use warren_shared::env::Secret;
 
 /// Where connections are opened whose tests are not asynchronous.
@@ -123,6 +124,40 @@ async fn eight_workers_make_the_schema_at_once() {
     let identities: Vec<String> =
         futures_util::future::join_all(workers).await.into_iter().map(|joined| joined.expect("no panic")).collect();
     assert!(identities.iter().all(|identity| *identity == identities[0]), "{identities:?}");
+}
+
+#[tokio::test]
+async fn a_row_of_the_outbox_that_cannot_be_read_keeps_no_other_from_its_next_owner() {
+    let pool = Pool::new();
+    commit(&pool.open("a").await, ["1", "2", "3"].map(|id| effect(id, Outcome::Done, 0)).into()).await;
+    pool.sql("UPDATE {s}.outbox SET envelope = '{' WHERE id = (SELECT min(id) FROM {s}.outbox)").await;
+    let adopted = pool.open("b").await.adopt(Left::In("p00".into())).await.expect("answers");
+    assert_eq!((adopted.len(), pool.number("SELECT count(*) FROM {s}.outbox").await), (2, 3));
+}
+
+/// A change of a state whose key is this text.
+fn keyed(id: &str, key: &str) -> Effect {
+    let [kind, name, status] = ["gather", "all", "open"].map(str::to_owned);
+    let state = State { kind, name, status, key: key.into(), ended: false, body: Vec::new() };
+    Effect { change: Some(Change { id: Uuid::new_v4(), found: 0, state }), ..effect(id, Outcome::Done, 0) }
+}
+
+#[tokio::test]
+async fn what_the_server_cannot_hold_is_refused_whole_and_for_good() {
+    let pool = Pool::new();
+    let store = pool.open("a").await;
+    pool.sql("ALTER TABLE {s}.states ADD CHECK (key <> 'never')").await;
+    for key in ["a\0b", "never"] {
+        let effects = vec![keyed("1", "good"), keyed("2", key), effect("3", Outcome::Done, 0)];
+        let refused = store.commit(Arc::new(effects)).await;
+        assert!(matches!(refused, Err(StoreError::Refused(_))), "{key:?}: {refused:?}");
+        assert!(!knows(&store, "1", 0).await && !knows(&store, "3", 0).await, "a part of the batch was recorded");
+    }
+    assert_eq!(commit(&store, vec![keyed("1", "good"), effect("3", Outcome::Done, 0)]).await, [true, true]);
+    let gone = pool.sql("ALTER TABLE {s}.states RENAME TO elsewhere");
+    gone.await;
+    let passing = store.commit(Arc::new(vec![keyed("4", "good")])).await;
+    assert!(matches!(passing, Err(StoreError::Unavailable(_))), "{passing:?}");
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 use uuid::Uuid;
-use warren_shared::{Identity, Message};
+use warren_shared::Identity;
 
 /// The schema, a step an entry; a store remembers how many it has.
 const SCHEMA: [&str; 3] = [inbox::TABLES, "
@@ -125,7 +125,7 @@ impl Sqlite {
         let (tell, answer) = oneshot::channel();
         let job: Job = Box::new(move |desk| {
             // The caller may have been dropped by a drain.
-            let _ = tell.send(work(desk).map_err(|e| StoreError::Unavailable(e.to_string())));
+            let _ = tell.send(work(desk).map_err(refusal));
         });
         let sent = self.jobs.send(job);
         Box::pin(async move {
@@ -134,6 +134,14 @@ impl Sqlite {
             answer.await.map_err(|_| gone())?
         })
     }
+}
+
+/// What an error of a call means: the same values would be refused again, or the file cannot be used now.
+fn refusal(error: rusqlite::Error) -> StoreError {
+    use rusqlite::ErrorCode::{ConstraintViolation, TooBig, TypeMismatch};
+    let of_the_data = matches!(error.sqlite_error_code(), Some(ConstraintViolation | TooBig | TypeMismatch))
+        || matches!(error, rusqlite::Error::ToSqlConversionFailure(_));
+    if of_the_data { StoreError::Refused(error.to_string()) } else { StoreError::Unavailable(error.to_string()) }
 }
 
 /// Who switches a new file to WAL while another does is told at once that it is locked, whatever the timeout says: it
@@ -245,12 +253,11 @@ fn prune(desk: &mut Desk, slice: u8, before: i64) -> rusqlite::Result<u64> {
     tx.commit().map(|()| gone)
 }
 
-fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
-    let envelope: String = row.get(2)?;
-    let mut message: Message = serde_json::from_str(&envelope)
-        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(2, rusqlite::types::Type::Text, e.into()))?;
+fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Row>> {
+    let (id, envelope): (i64, String) = (row.get(0)?, row.get(2)?);
+    let Some(mut message) = super::message(id, &envelope) else { return Ok(None) };
     message.body = row.get(3)?;
-    Ok(Row { id: row.get(0)?, partition: row.get(1)?, message })
+    Ok(Some(Row { id, partition: row.get(1)?, message }))
 }
 
 impl Store for Sqlite {
@@ -356,6 +363,7 @@ impl Store for Sqlite {
                             "SELECT {columns} FROM outbox WHERE partition = ?1 AND worker <> ?2 ORDER BY id"
                         ))?
                         .query_map(params![partition, worker], row)?
+                        .filter_map(Result::transpose)
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute("UPDATE outbox SET worker = ?2 WHERE partition = ?1", params![partition, worker])?;
                     rows
@@ -366,6 +374,7 @@ impl Store for Sqlite {
                     let rows = tx
                         .prepare_cached(&format!("SELECT {columns} FROM outbox WHERE {silent} ORDER BY id"))?
                         .query_map(params![worker, before], row)?
+                        .filter_map(Result::transpose)
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute(&format!("UPDATE outbox SET worker = ?1 WHERE {silent}"), params![worker, before])?;
                     tx.execute("DELETE FROM workers WHERE seen < ?1", [before])?;

@@ -3,6 +3,7 @@ use super::*;
 use crate::store::Outcome;
 use crate::store::exam::{Candidate, Model, exam};
 use std::sync::Barrier;
+use warren_shared::Message;
 
 fn candidate() -> Candidate {
     let directory = tempfile::tempdir().expect("a directory");
@@ -48,6 +49,34 @@ fn eight_workers_open_a_new_file_at_once() {
         });
         assert!(identities.iter().all(|identity| *identity == identities[0]), "{identities:?}");
     }
+}
+
+#[tokio::test]
+async fn what_the_file_cannot_hold_is_refused_whole_and_for_good() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    let refuse =
+        "CREATE TRIGGER never BEFORE INSERT ON outbox WHEN length(NEW.body) = 7 BEGIN SELECT RAISE(ABORT, 'no'); END";
+    Connection::open(&path).and_then(|c| c.execute_batch(refuse)).expect("made");
+    let refused = store.commit(Arc::new(vec![effect("1", 1), effect("2", 7)])).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+    let recorded = store.commit(Arc::new(vec![effect("1", 1)])).await.expect("takes it");
+    assert!(matches!(recorded[..], [Recorded::Fresh(..)]), "a part of the batch was recorded: {recorded:?}");
+}
+
+#[tokio::test]
+async fn a_row_of_the_outbox_that_cannot_be_read_keeps_no_other_from_its_next_owner() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let effects = ["1", "2", "3"].map(|id| effect(id, 1));
+    let _ = Sqlite::open(&path, "a").expect("it opens").commit(Arc::new(effects.into())).await.expect("takes them");
+    let odd = "UPDATE outbox SET envelope = '{' WHERE id = (SELECT min(id) FROM outbox)";
+    let other = Connection::open(&path).expect("it opens");
+    other.execute(odd, []).expect("done");
+    let adopted = Sqlite::open(&path, "b").expect("it opens").adopt(Left::In("p00".into())).await.expect("answers");
+    let there = other.query_row("SELECT count(*) FROM outbox", [], |row| row.get::<_, i64>(0)).expect("a number");
+    assert_eq!((adopted.len(), there), (2, 3));
 }
 
 #[test]
