@@ -237,7 +237,7 @@ impl Feeder {
                 _ = self.stop.wait_for(|stop| *stop) => return,
                 outcomes = self.publisher.submit(messages) => outcomes,
             };
-            if self.feed.send(Item::Chunk(Chunk { lines, outcomes: Box::pin(outcomes) })).await.is_err() {
+            if self.feed.send(Item::Chunk(Chunk { lines, outcomes: outcomes.into_future() })).await.is_err() {
                 return;
             }
         }

@@ -101,7 +101,7 @@ async fn exactly_the_unroutable_ones_are_reported_returned() -> anyhow::Result<(
                     let messages = keys.iter().enumerate().map(number).collect();
                     sent += batch;
                     let outcomes = publisher.submit(messages).await;
-                    waiting.push((keys, tokio::spawn(outcomes)));
+                    waiting.push((keys, tokio::spawn(outcomes.into_future())));
                 }
                 for (keys, outcomes) in waiting {
                     for (key, outcome) in keys.iter().zip(outcomes.await.unwrap_or_default()) {
@@ -146,7 +146,7 @@ async fn exactly_those_for_a_missing_exchange_are_forbidden() -> anyhow::Result<
     let batches: Vec<Vec<Message>> = messages.chunks(128).map(<[Message]>::to_vec).collect();
     let mut waiting = Vec::new();
     for batch in batches {
-        waiting.push(publisher.submit(batch).await);
+        waiting.push(publisher.submit(batch).await.into_future());
     }
     let outcomes: Vec<Outcome> = futures_util::future::join_all(waiting).await.into_iter().flatten().collect();
     println!("{} at fault among 4000: {:?}", bad.len(), since.elapsed());
@@ -340,7 +340,7 @@ async fn a_connection_killed_in_mid_window_loses_and_reorders_nothing() -> anyho
             let messages: Vec<Message> =
                 (from..from + 100).map(|i| message("there", "good.a", &format!("m{i:06}"), 300)).collect();
             sent.extend(ids(&messages));
-            waiting.push(feed.submit(messages).await);
+            waiting.push(feed.submit(messages).await.into_future());
         }
         let outcomes: Vec<Outcome> = futures_util::future::join_all(waiting).await.into_iter().flatten().collect();
         (sent, outcomes)
@@ -466,7 +466,7 @@ async fn never_more_than_a_window_is_unconfirmed() -> anyhow::Result<()> {
         let publishing = tokio::spawn(async move {
             let mut waiting = Vec::new();
             for batch in batches {
-                waiting.push(feed.submit(batch).await);
+                waiting.push(feed.submit(batch).await.into_future());
             }
             futures_util::future::join_all(waiting).await
         });
@@ -509,5 +509,35 @@ async fn outcomes_and_messages_keep_their_order() -> anyhow::Result<()> {
     ensure!(batches == 300, "{batches} batches");
     let stored = ids(&lab.take_all("there.good").await?);
     ensure!(stored == sent, "stored in another order, or not once each");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_confirm_that_does_not_come_holds_no_other_back_and_costs_no_connection() -> anyhow::Result<()> {
+    let lab = Lab::new("publishing-one-lost")?;
+    exchange(&lab, "there", &[("good.#", "quorum", 0)]).await?;
+    let proxy = Proxy::before(&lab.url()).await?;
+    let timeout = Duration::from_secs(5);
+    let publisher = publisher(&proxy.url, Options { timeout, ..Options::default() }).await?;
+    proxy.answers(Answers::Without(3));
+    let since = Instant::now();
+    let mut outcomes =
+        publisher.submit((0..10).map(|i| message("there", "good.a", &format!("m{i}"), 10)).collect()).await;
+    let mut told = Vec::new();
+    while told.len() < 9 {
+        told.extend(outcomes.next().await.context("all were told")?);
+    }
+    ensure!(since.elapsed() < timeout, "the others waited for it: {:?}", since.elapsed());
+    ensure!(told.iter().all(|(place, outcome)| *place != 2 && outcome.is_ok()), "{told:?}");
+    // More go out meanwhile.
+    let more = publisher.publish_all((0..10).map(|i| message("there", "good.a", &format!("n{i}"), 10)).collect()).await;
+    ensure!(count(&more, Result::is_ok) == 10 && since.elapsed() < timeout, "{more:?} after {:?}", since.elapsed());
+    let last = outcomes.next().await.context("the last")?;
+    ensure!(matches!(last[..], [(2, Ok(_))]) && outcomes.next().await.is_none(), "{last:?}");
+    let seen = proxy.seen();
+    ensure!(
+        (seen.published, seen.connections) == (21, 1),
+        "only what was not confirmed is repeated, on the same connection: {seen:?}"
+    );
     Ok(())
 }

@@ -19,6 +19,8 @@ pub enum Answers {
     Wait,
     /// They are lost, and nothing else is: a confirm that got stuck in the broker.
     Lost,
+    /// All pass but the one of this message of a channel, counted from 1: its queue is without a leader.
+    Without(u64),
     /// They pass, but no channel is ever opened: that answer got stuck.
     Unopened,
     /// They pass, but connections that begin now never get a delivery: the broker has forgotten their consumers.
@@ -228,6 +230,11 @@ async fn back(
             let multiple = bytes[at + 8] & 1 == 1;
             match answers {
                 Answers::Lost => {}
+                Answers::Without(lost) if method == Some(ACK) => {
+                    merged.note(&bytes, tag, multiple, &open);
+                    merged.tags.remove(&lost);
+                    to.write_all(&merged.take(&open)).await?;
+                }
                 Answers::Merged if method == Some(ACK) => {
                     merged.note(&bytes, tag, multiple, &open);
                     if merged.tags.len() >= MERGED {

@@ -13,10 +13,11 @@ use crate::broker::{Broker, Link, describe};
 use crate::codec;
 use crate::seal::Seal;
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use warren_shared::Message;
 use wire::{Ready, Wire};
@@ -118,7 +119,55 @@ const OPENING: Duration = Duration::from_secs(10);
 
 struct Batch {
     messages: Vec<Message>,
-    reply: oneshot::Sender<Vec<Outcome>>,
+    reply: Reply,
+}
+
+/// Tells outcomes, each with its message's place in the batch.
+type Reply = mpsc::UnboundedSender<Vec<(usize, Outcome)>>;
+
+/// The outcomes of a batch. Awaited, they are all of them, in the order of the messages.
+#[derive(Debug)]
+#[must_use]
+pub struct Outcomes {
+    news: mpsc::UnboundedReceiver<Vec<(usize, Outcome)>>,
+    /// Which messages have their outcome.
+    told: Vec<bool>,
+}
+
+impl Outcomes {
+    /// Those that are known by now, each with its message's place in the batch; none once all were told. One that the broker does
+    /// not answer keeps no other back.
+    pub async fn next(&mut self) -> Option<Vec<(usize, Outcome)>> {
+        if self.told.iter().all(|told| *told) {
+            return None;
+        }
+        let untold = || {
+            // The publisher is gone.
+            let places = self.told.iter().enumerate().filter(|(_, told)| !**told);
+            places.map(|(place, _)| (place, Err(Refused::Unknown))).collect()
+        };
+        let news: Vec<(usize, Outcome)> = match self.news.recv().await {
+            Some(news) => news,
+            None => untold(),
+        };
+        news.iter().for_each(|(place, _)| self.told[*place] = true);
+        Some(news)
+    }
+}
+
+impl IntoFuture for Outcomes {
+    type Output = Vec<Outcome>;
+    type IntoFuture = BoxFuture<'static, Vec<Outcome>>;
+
+    fn into_future(mut self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let mut outcomes: Vec<Outcome> = self.told.iter().map(|_| Err(Refused::Unknown)).collect();
+            while let Some(news) = self.next().await {
+                news.into_iter().for_each(|(place, outcome)| outcomes[place] = outcome);
+            }
+            outcomes
+        })
+    }
 }
 
 /// A handle to the publishing task; clones share it. The task ends when all are dropped.
@@ -134,9 +183,9 @@ impl Publisher {
     pub fn start(broker: Broker, link: Link, options: Options) -> Self {
         let (batches, inbox) = mpsc::channel(4);
         let (tell, health) = watch::channel(Health::Open);
-        let (sheets, queue) = (BTreeMap::new(), VecDeque::new());
+        let (sheets, touched, queue) = (BTreeMap::new(), Vec::new(), VecDeque::new());
         let (closed, next_sheet, bytes, renewal) = (false, 0, 0, RENEWALS[0]);
-        let desk = Desk { broker, options, tell, inbox, closed, sheets, next_sheet, queue, bytes, renewal };
+        let desk = Desk { broker, options, tell, inbox, closed, sheets, next_sheet, touched, queue, bytes, renewal };
         tokio::spawn(desk.run(link));
         Self { batches, health }
     }
@@ -154,13 +203,13 @@ impl Publisher {
         self.submit(messages).await.await
     }
 
-    /// Hands messages over, waiting while the window is full; the returned future waits for the outcomes.
-    pub async fn submit(&self, messages: Vec<Message>) -> impl Future<Output = Vec<Outcome>> + Send + use<> {
-        let count = messages.len();
-        let (reply, outcomes) = oneshot::channel();
+    /// Hands messages over, waiting while the window is full; the outcomes follow.
+    pub async fn submit(&self, messages: Vec<Message>) -> Outcomes {
+        let (reply, news) = mpsc::unbounded_channel();
+        let outcomes = Outcomes { news, told: vec![false; messages.len()] };
         // A closed inbox drops `reply`, and the outcomes are unknown.
         let _ = self.batches.send(Batch { messages, reply }).await;
-        async move { outcomes.await.unwrap_or_else(|_| (0..count).map(|_| Err(Refused::Unknown)).collect()) }
+        outcomes
     }
 
     /// What the connection is doing.
@@ -170,10 +219,11 @@ impl Publisher {
     }
 }
 
-/// A batch whose outcomes are being collected.
+/// A batch, until all of its outcomes are told.
 struct Sheet {
-    reply: oneshot::Sender<Vec<Outcome>>,
-    outcomes: Vec<Option<Outcome>>,
+    reply: Reply,
+    /// Outcomes that are not told yet: those of one answer of the broker are told at once.
+    news: Vec<(usize, Outcome)>,
     open: usize,
 }
 
@@ -194,6 +244,8 @@ struct Desk {
     closed: bool,
     sheets: BTreeMap<u64, Sheet>,
     next_sheet: u64,
+    /// Those with news.
+    touched: Vec<u64>,
     /// Not yet on the wire, or to be repeated; in order.
     queue: VecDeque<Entry>,
     /// Bytes of all bodies without an outcome.
@@ -213,6 +265,8 @@ enum End {
         /// Messages in flight.
         of: usize,
     },
+    /// The broker confirmed some messages and not others within the deadline.
+    Partly,
     /// The broker stored none of some messages: another channel may have more luck with the next.
     Refusing,
     /// The connection is gone, or silent beyond the deadline.
@@ -275,6 +329,7 @@ impl Desk {
                 End::Accused { said, of: 1 } => {
                     if let Some(culprit) = self.queue.pop_front() {
                         self.settle(&culprit, Err(Refused::Forbidden(said)));
+                        self.tell_outcomes();
                     }
                     search.cleared();
                     link = Some(current);
@@ -290,6 +345,15 @@ impl Desk {
                 }
                 End::Refusing => {
                     tracing::info!("the broker refuses messages (basic.nack): going on with a new channel");
+                    link = Some(current);
+                }
+                End::Partly => {
+                    tracing::warn!(
+                        repeated = self.queue.len(),
+                        "the broker confirms some messages and is silent about others for {:?}, publishing those again on a new \
+                         channel: has a queue lost its leader?",
+                        self.options.timeout
+                    );
                     link = Some(current);
                 }
                 End::Lost(why) => {
@@ -310,9 +374,7 @@ impl Desk {
         };
         let opened = Instant::now();
         let end = 'channel: loop {
-            while let room = search
-                .window()
-                .map_or_else(|| wire.room(self.options.window), |window| window.saturating_sub(wire.flying.len()))
+            while let room = search.window().unwrap_or(self.options.window).saturating_sub(wire.flying.len())
                 && room > 0
                 && !self.queue.is_empty()
                 && !wire.is_blocked()
@@ -323,6 +385,7 @@ impl Desk {
                 for (entry, refused) in refused {
                     self.settle(&entry, Err(refused));
                 }
+                self.tell_outcomes();
                 if !self.write(&mut wire, ready).await {
                     break 'channel End::mute(link, format!("nothing could be written for {:?}", self.options.timeout));
                 }
@@ -349,6 +412,7 @@ impl Desk {
                         refused |= matches!(outcome, Err(Refused::Rejected));
                         self.settle(&entry, outcome);
                     }
+                    self.tell_outcomes();
                     if refused && self.renews(opened.elapsed()) {
                         break End::Refusing;
                     }
@@ -369,11 +433,14 @@ impl Desk {
                     None => self.closed = true,
                 },
                 () = tokio::time::sleep_until(deadline), if !wire.flying.is_empty() => {
+                    if wire.heard.elapsed() < self.options.timeout {
+                        break End::Partly;
+                    }
                     break End::mute(link, format!("no confirm for {:?}", self.options.timeout));
                 }
             }
         };
-        for flight in std::mem::take(&mut wire.flying).into_iter().rev() {
+        for flight in std::mem::take(&mut wire.flying).into_values().rev() {
             self.queue.push_front(flight.entry);
         }
         end
@@ -419,13 +486,11 @@ impl Desk {
     fn accept(&mut self, batch: Batch) {
         let open = batch.messages.len();
         if open == 0 {
-            let _ = batch.reply.send(Vec::new());
             return;
         }
         let sheet = self.next_sheet;
         self.next_sheet += 1;
-        let outcomes = batch.messages.iter().map(|_| None).collect();
-        self.sheets.insert(sheet, Sheet { reply: batch.reply, outcomes, open });
+        self.sheets.insert(sheet, Sheet { reply: batch.reply, news: Vec::new(), open });
         self.bytes += batch.messages.iter().map(|m| m.body.len()).sum::<usize>();
         let entry = |(index, message)| Entry { message: Arc::new(message), sheet, index };
         self.queue.extend(batch.messages.into_iter().enumerate().map(entry));
@@ -433,16 +498,23 @@ impl Desk {
 
     fn settle(&mut self, entry: &Entry, outcome: Outcome) {
         let Some(sheet) = self.sheets.get_mut(&entry.sheet) else { return };
-        if sheet.outcomes[entry.index].replace(outcome).is_none() {
-            sheet.open -= 1;
-            self.bytes = self.bytes.saturating_sub(entry.message.body.len());
+        if sheet.news.is_empty() {
+            self.touched.push(entry.sheet);
         }
-        if sheet.open == 0
-            && let Some(sheet) = self.sheets.remove(&entry.sheet)
-        {
-            let outcomes = sheet.outcomes.into_iter().map(|o| o.unwrap_or(Err(Refused::Unknown))).collect();
+        sheet.news.push((entry.index, outcome));
+        sheet.open -= 1;
+        self.bytes = self.bytes.saturating_sub(entry.message.body.len());
+    }
+
+    /// Tells what was settled since the last time.
+    fn tell_outcomes(&mut self) {
+        for number in self.touched.drain(..) {
+            let Some(sheet) = self.sheets.get_mut(&number) else { continue };
             // Nobody may be waiting any more; the messages are on the broker all the same.
-            let _ = sheet.reply.send(outcomes);
+            let _ = sheet.reply.send(std::mem::take(&mut sheet.news));
+            if sheet.open == 0 {
+                self.sheets.remove(&number);
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation, Error, PublisherConfirm};
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,9 +17,6 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use warren_shared::Message;
-
-/// Windows of messages whose outcomes may wait behind one that is unanswered: all are repeated if the channel ends.
-const BEHIND: usize = 3;
 
 /// How long the confirms of a channel that ended may take to say so.
 const ENDING: Duration = Duration::from_secs(1);
@@ -57,10 +54,12 @@ pub(super) struct Wire {
     channel: Channel,
     pub(super) blocked: watch::Receiver<Option<String>>,
     pub(super) confirms: FuturesUnordered<Confirm>,
-    /// In order of publishing.
-    pub(super) flying: VecDeque<Flight>,
-    /// Those of them that the broker has not answered. Queues answer at their own pace, and outcomes are taken in order.
-    pub(super) unanswered: usize,
+    /// What has no outcome yet, by number: in order of publishing. Queues answer at their own pace.
+    pub(super) flying: BTreeMap<u64, Flight>,
+    /// Those of them that the broker has answered.
+    answered: Vec<u64>,
+    /// When it answered last.
+    pub(super) heard: Instant,
     /// The number of the next message.
     next: u64,
     pub(super) failure: Option<Error>,
@@ -76,8 +75,9 @@ impl Wire {
             channel,
             blocked: link.blocked(),
             confirms: FuturesUnordered::new(),
-            flying: VecDeque::new(),
-            unanswered: 0,
+            flying: BTreeMap::new(),
+            answered: Vec::new(),
+            heard: Instant::now(),
             next: 0,
             failure: None,
             room: codec::header_room(link.connection().configuration().frame_max()),
@@ -86,11 +86,6 @@ impl Wire {
 
     pub(super) fn is_blocked(&self) -> bool {
         self.blocked.borrow().is_some()
-    }
-
-    /// How many more may be written: so many at most are unanswered, and a few times as many wait behind one that is.
-    pub(super) fn room(&self, window: usize) -> usize {
-        window.saturating_sub(self.unanswered).min((BEHIND * window).saturating_sub(self.flying.len()))
     }
 
     /// Takes messages in flight, as they will be written; returns also what AMQP cannot carry.
@@ -110,9 +105,8 @@ impl Wire {
                 Ok((message, properties, address)) => {
                     let sequence = self.next;
                     ready.push(Ready { sequence, message, properties, address });
-                    self.flying.push_back(Flight { entry, since, confirmed: None, returned: None });
+                    self.flying.insert(sequence, Flight { entry, since, confirmed: None, returned: None });
                     self.next += 1;
-                    self.unanswered += 1;
                 }
                 Err(error) => refused.push((entry, error.into())),
             }
@@ -164,18 +158,16 @@ impl Wire {
             Ok(Confirmation::NotRequested) => (Err(Refused::Unknown), None),
             Err(error) => return self.fail(error),
         };
-        let first = self.next - self.flying.len() as u64;
-        let place = sequence.checked_sub(first).and_then(|place| usize::try_from(place).ok());
-        if let Some(flight) = place.and_then(|place| self.flying.get_mut(place))
+        if let Some(flight) = self.flying.get_mut(&sequence)
             && flight.confirmed.replace(outcome).is_none()
         {
-            self.unanswered -= 1;
+            self.answered.push(sequence);
         }
         let Some(message) = returned else { return };
         let id = message.properties.message_id().as_ref().map(|id| id.as_str());
         let (exchange, key) = (message.exchange.as_str(), message.routing_key.as_str());
         // Copies of one address and id share one fate: whichever the broker meant, all were returned.
-        for flight in &mut self.flying {
+        for flight in self.flying.values_mut() {
             let m = &flight.entry.message;
             if m.message_id.as_deref() == id && m.exchange == exchange && m.routing_key == key {
                 flight.returned = Some(Refused::Returned {
@@ -187,7 +179,8 @@ impl Wire {
         }
     }
 
-    /// Looks at every confirm that is resolved, then takes the outcomes that are certain, in order of publishing.
+    /// Looks at every confirm that is resolved, then takes the outcomes that are certain: each by its own confirm, whatever the
+    /// broker says of those before it.
     ///
     /// A return precedes its own ack, and the library hands each return to the next confirm that it resolves. So once
     /// a message's own confirm is resolved, its return sits in a confirm resolved no later than by the same answer of
@@ -197,16 +190,13 @@ impl Wire {
         use futures_util::FutureExt;
         let mut outcomes = Vec::new();
         self.drain();
-        // Draining may resolve more of them: again, until nothing at the head is resolved.
-        while self.failure.is_none() {
-            let certain = self.flying.iter().take_while(|flight| flight.confirmed.is_some()).count();
-            if certain == 0 {
-                break;
-            }
+        // Draining may resolve more of them: again, until nothing is resolved.
+        while self.failure.is_none() && !self.answered.is_empty() {
+            self.heard = Instant::now();
+            let certain = std::mem::take(&mut self.answered);
             let _ = self.channel.wait_for_confirms().now_or_never();
             self.drain();
-            for _ in 0..certain {
-                let Some(flight) = self.flying.pop_front() else { break };
+            for flight in certain.iter().filter_map(|sequence| self.flying.remove(sequence)) {
                 let confirmed = flight.confirmed.unwrap_or(Err(Refused::Unknown));
                 outcomes.push((flight.entry, flight.returned.map_or(confirmed, Err)));
             }
@@ -223,14 +213,14 @@ impl Wire {
     /// When the oldest message in flight has waited too long. While the broker blocks, nothing is on its way.
     pub(super) fn deadline(&self, timeout: Duration) -> Instant {
         let now = Instant::now();
-        let oldest = self.flying.iter().find(|f| f.confirmed.is_none()).map_or(now, |f| f.since);
+        let oldest = self.flying.first_key_value().map_or(now, |(_, flight)| flight.since);
         if self.is_blocked() { now + Duration::from_secs(3600) } else { oldest + timeout }
     }
 
     /// Starts the wait anew for what is in flight: the broker did not look at it while it blocked.
     pub(super) fn touch(&mut self) {
         let now = Instant::now();
-        self.flying.iter_mut().for_each(|flight| flight.since = now);
+        self.flying.values_mut().for_each(|flight| flight.since = now);
     }
 }
 
