@@ -27,6 +27,9 @@ pub struct Scene {
 /// An error's text is cut here: it is a header, not a log.
 const ERROR_LIMIT: usize = 1024;
 
+/// Where a message was to go that could not be sent: a replay sends it there.
+pub const EXCHANGE: &str = "warren-dead-exchange";
+
 /// All headers of a dead letter begin so.
 pub const PREFIX: &str = "warren-dead-";
 
@@ -59,14 +62,19 @@ pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: 
     message
 }
 
-/// The letter brought back to life: the message as it was, its replay counted.
+/// The letter brought back to life: the message as it was, its replay counted. What was on its way out goes where it was to go, all
+/// else to the pool's door.
 #[must_use]
-pub fn revive(mut letter: Message, exchange: &str) -> Message {
+pub fn revive(mut letter: Message, door: &str) -> Message {
+    let exchange = match letter.header(EXCHANGE) {
+        Some(Value::Text(exchange)) if exchange.starts_with("warren.") => exchange.clone(),
+        _ => door.to_owned(),
+    };
     let replays = letter.number(REPLAYED).unwrap_or(0).saturating_add(1);
     letter.strip();
     letter.headers.retain(|(name, _)| !name.starts_with(PREFIX));
     letter.set(REPLAYED, i64::try_from(replays).unwrap_or(i64::MAX));
-    letter.exchange = exchange.into();
+    letter.exchange = exchange;
     letter
 }
 

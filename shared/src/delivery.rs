@@ -130,6 +130,11 @@ pub enum Doom {
         /// Attempts made.
         attempts: u32,
     },
+    /// It is to be tried again later, and the broker will never take the copy that waits.
+    Unsendable {
+        /// Attempts made.
+        attempts: u32,
+    },
 }
 
 /// Where to go once the record is gone.
@@ -193,7 +198,7 @@ pub enum Fact {
     Superseded,
     /// The state that the effect rests on was changed by another event meanwhile; ours was dropped whole.
     Outdated,
-    /// The store cannot hold the effect, however often it is asked; nothing of it was recorded.
+    /// The store cannot hold the effect, or the broker the copy, however often they are asked; they have nothing of it.
     Refused,
     /// The broker has the copy.
     Confirmed,
@@ -363,6 +368,9 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Succeeded(_) | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,
         // The same attempt: it did not fail.
         (S::Succeeded(run), F::Outdated) => S::Running(run),
+        (S::Parking { attempt, .. }, F::Refused) => {
+            S::Condemned(Doom::Unsendable { attempts: attempt.saturating_sub(1) })
+        }
         (S::Succeeded(run), F::Refused) => S::Condemned(Doom::Unstorable { attempts: run.attempt }),
         (S::Parking { record, .. }, F::Confirmed) => leave(record, Exit::Safe),
         (S::Burying, F::Confirmed) => S::Safe,

@@ -63,6 +63,7 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
             ("what the store cannot hold, and a crash", usual, Content::Routed, 1, r(1, 0)),
             ("what the store cannot hold, and two broken actions", usual, Content::Routed, 1, r(0, 2)),
             ("what the store cannot hold, and a second copy", usual, Content::Routed, 2, r(0, 0)),
+            ("before its time, and never taken", usual, Content::Routed, 1, Trouble { early: 1, ..r(1, 1) }),
             ("no route", usual, Content::Unrouted, 1, t(1, 1, 1, 0)),
             ("no event", usual, Content::Garbage, 1, t(1, 1, 1, 0)),
         ] {
@@ -90,7 +91,8 @@ fn can_bring(action: Action, fact: Fact) -> bool {
         A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
         A::CommitDone => matches!(fact, F::Committed | F::Superseded | F::Outdated | F::Refused | F::Broken),
         A::CommitDead(_) => matches!(fact, F::Committed | F::Superseded | F::Broken),
-        A::Park { .. } | A::Bury => matches!(fact, F::Confirmed | F::Gone | F::Broken),
+        A::Park { .. } => matches!(fact, F::Confirmed | F::Refused | F::Gone | F::Broken),
+        A::Bury => matches!(fact, F::Confirmed | F::Gone | F::Broken),
         A::Release => matches!(fact, F::Released | F::Broken),
         A::Ack => matches!(fact, F::Acked | F::Gone | F::Broken),
         A::Stop => false,

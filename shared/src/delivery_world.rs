@@ -41,7 +41,7 @@ pub(super) struct Trouble {
     pub(super) early: u32,
     /// Effects that rest on a state which another event changes.
     pub(super) outdated: u32,
-    /// Effects that the store cannot hold.
+    /// Effects that the store cannot hold, and copies that the broker will never take.
     pub(super) refused: u32,
 }
 
@@ -80,7 +80,7 @@ struct Life {
     released: bool,
     /// A start was recorded, and nobody heard of it.
     unsure: bool,
-    /// The store cannot hold what its success would record.
+    /// The store cannot hold what its success would record, or the broker its copy.
     refused: bool,
     outcome: bool,
     proof: bool,
@@ -248,6 +248,10 @@ impl World {
                 let ran = life.result.is_some();
                 assert_eq!((after, attempt), if ran { retry } else { (EARLY, life.copy.attempt) }, "{life:?}");
                 assert!(!ran || self.law.wait == Wait::InLadder, "a strict event left its place: {life:?}");
+                if self.spend(oracle, |t| &mut t.refused) {
+                    life.refused = true;
+                    return Fact::Refused;
+                }
                 self.delayed.push(Copy { attempt, again: false });
                 Fact::Confirmed
             }
@@ -323,6 +327,10 @@ impl Life {
             Doom::NoRoute => world.content == Content::Unrouted && self.result.is_none(),
             Doom::Permanent { attempts } => after(Failure::Permanent) && attempts == self.attempt,
             Doom::Exhausted { attempts } => after(TRANSIENT) && attempts == world.law.retry.attempts,
+            Doom::Unsendable { attempts } => {
+                let made = if self.result.is_some() { self.attempt } else { self.attempt - 1 };
+                self.refused && attempts == made
+            }
             Doom::Unstorable { attempts } => {
                 self.refused && self.result == Some(Fact::Succeeded) && attempts == self.attempt
             }

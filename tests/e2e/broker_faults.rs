@@ -153,13 +153,12 @@ async fn connections_that_are_closed_by_force_are_opened_again() -> anyhow::Resu
     lab.progressed(100, PATIENCE).await?;
     let again = |workers: &[Process]| workers[0].log().matches("subscribing again").count();
     for round in 0..5 {
-        // The list of connections follows events and may lag: until the one that all partitions use was among them.
-        let (mut closed, before) = (0, again(&workers));
-        until("the connections are closed", PATIENCE, || {
-            closed += lab.close_connections("warren-worker").unwrap_or(0);
-            again(&workers) >= before + 3
-        })
-        .await?;
+        // To publish, to consume, to talk to the fleet. The list follows events and may lag.
+        let all = || lab.connections("warren-worker").is_ok_and(|all| all.len() >= 3);
+        until("all connections are listed", PATIENCE, all).await?;
+        let before = again(&workers);
+        let closed = lab.close_connections("warren-worker")?;
+        until("all partitions are subscribed to again", PATIENCE, || again(&workers) >= before + 3).await?;
         let (probes, took) = proves_to_work(&lab, &recorded, &round.to_string()).await?;
         println!("round {round}: {closed} connections closed, working again within {took:?}");
         ensure!(took < SOON, "working again only after {took:?}{}", lab.logs());

@@ -15,6 +15,7 @@ mod load;
 mod malformed;
 mod operations;
 mod order;
+mod outbox;
 mod permissions;
 mod poison;
 mod postgres;

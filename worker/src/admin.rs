@@ -1,6 +1,7 @@
 //! `/livez`, `/readyz`, `/startupz`, `/metrics`.
 use crate::consumer::Subscriptions;
 use crate::fleet::Seats;
+use crate::outbox::Outbox;
 use crate::pipeline::Pulse;
 use axum::Router;
 use axum::http::{StatusCode, header};
@@ -27,6 +28,8 @@ pub struct Vitals {
     pub seats: Arc<Seats>,
     /// The publisher's connection.
     pub publisher: watch::Receiver<Health>,
+    /// What is recorded and not yet published.
+    pub outbox: Outbox,
     /// Whether the worker is draining.
     pub draining: Arc<AtomicBool>,
 }
@@ -85,10 +88,10 @@ pub async fn serve(address: SocketAddr, vitals: Vitals, metrics: Option<Promethe
     let router = Router::new()
         .route(
             "/livez",
-            get(move || async move { answer(if live.is_alive() { vec![] } else { vec!["stalled".into()] }) }),
+            get(move || async move { answer(if live.is_alive() { vec![] } else { vec!["stalled".into()] }, None) }),
         )
-        .route("/startupz", get(move || async move { answer(start.beginning()) }))
-        .route("/readyz", get(move || async move { answer(vitals.reasons()) }))
+        .route("/startupz", get(move || async move { answer(start.beginning(), None) }))
+        .route("/readyz", get(move || async move { answer(vitals.reasons(), vitals.outbox.trouble()) }))
         .route(
             "/metrics",
             get(move || async move {
@@ -104,9 +107,10 @@ pub async fn serve(address: SocketAddr, vitals: Vitals, metrics: Option<Promethe
     Ok(())
 }
 
-fn answer(reasons: Vec<String>) -> impl IntoResponse {
+/// The reasons say no; a note is something that a person should know of a worker that works.
+fn answer(reasons: Vec<String>, note: Option<String>) -> impl IntoResponse {
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body = serde_json::json!({"ok": reasons.is_empty(), "reasons": reasons}).to_string();
+    let body = serde_json::json!({"ok": reasons.is_empty(), "reasons": reasons, "note": note}).to_string();
     (status, [(header::CONTENT_TYPE, "application/json")], body)
 }
 

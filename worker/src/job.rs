@@ -55,6 +55,8 @@ pub(crate) struct Job {
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
+    /// How often the broker refused its copy.
+    pub(crate) refusals: u32,
     /// Why it may be acked.
     pub(crate) proof: Option<Proof>,
     /// Ends the handler, or the wait in place.
@@ -142,6 +144,7 @@ impl Job {
             kept: None,
             recorded: None,
             error: String::new(),
+            refusals: 0,
             proof: None,
             abort: None,
             since,
@@ -259,6 +262,13 @@ impl Job {
         if self.redelivered || self.attempt() > 1 { self.suspect() } else { None }
     }
 
+    /// The broker will never take its copy: of what is no event the letter goes without the body.
+    pub(crate) fn leave_body_out(&mut self) {
+        if let Content::Message(message) = &mut self.content {
+            message.0.body.clear();
+        }
+    }
+
     pub(crate) fn cause(&self, doom: Doom, handler: String) -> Cause {
         let (reason, attempts, error) = match doom {
             Doom::NoRoute => {
@@ -267,6 +277,7 @@ impl Job {
             }
             Doom::Permanent { attempts } => ("permanent", attempts, self.error.clone()),
             Doom::Exhausted { attempts } => ("exhausted", attempts, self.error.clone()),
+            Doom::Unsendable { attempts } => ("unsendable", attempts, self.error.clone()),
             Doom::Unstorable { attempts } => ("unstorable", attempts, self.error.clone()),
             Doom::Crash { attempts } => {
                 ("crash", attempts, "the worker's process died whenever it handled this event".to_owned())

@@ -33,6 +33,7 @@ pub mod names {
     pub const RUNNING: &str = "warren_running";
     pub const WAITING: &str = "warren_waiting";
     pub const OUTBOX: &str = "warren_outbox_pending";
+    pub const OUTBOX_HELD: &str = "warren_outbox_held";
     pub const OUTBOX_AGE: &str = "warren_outbox_age_seconds";
     pub const STORE_ERRORS: &str = "warren_store_errors_total";
     pub const BLOCKED: &str = "warren_blocked_seconds_total";
@@ -113,6 +114,7 @@ pub const METRICS: &[Metric] = &[
     row(Kind::Gauge, n::RUNNING, &[], "handlers that run"),
     row(Kind::Gauge, n::WAITING, &[], "deliveries that wait here for their turn"),
     row(Kind::Gauge, n::OUTBOX, &[], "outgoing messages that are recorded and not yet confirmed"),
+    row(Kind::Gauge, n::OUTBOX_HELD, &[], "outgoing messages whose destination refuses them for now; /readyz says why"),
     row(Kind::Gauge, n::OUTBOX_AGE, &[], "how long the oldest of them has waited"),
     row(Kind::Counter, n::STORE_ERRORS, &[], "calls that the store refused; they are repeated"),
     row(Kind::Counter, n::BLOCKED, &[], "seconds in which this worker could not publish: no connection, or an alarm of the broker"),

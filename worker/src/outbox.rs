@@ -1,31 +1,60 @@
-//! The outbox's relay: publishes committed rows with confirms, in order per key, and forgets them.
+//! The outbox's relay: publishes committed rows with confirms, each key's in order, and forgets them.
 //!
-//! Rows are published in waves in which each key stands once: a row that the broker refuses is repeated before the
-//! next row of its key goes out. A wave is forgotten while the next one is under way; a crash before that repeats rows with the
-//! same ids.
+//! A key has one row under way; the next one follows its confirm. What becomes of a row is its own affair: one that the broker
+//! refuses for now holds its key and no other, and what can never be sent is dead-lettered with the cause. Confirmed rows are
+//! forgotten together while others are under way; a crash before that repeats them with the same ids.
 use crate::consumer::Subscriptions;
 use crate::fault;
 use crate::job::{answer, outgoing};
 use crate::metrics::{self, names};
 use crate::store::{Row, Store};
-use std::collections::{HashSet, VecDeque};
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use rustc_hash::FxHashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use warren_publisher::publish::{Outcome, Outcomes};
 use warren_publisher::{Publisher, Refused};
+use warren_shared::dead::{self, Cause, Scene};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
-use warren_shared::{Limits, Message};
+use warren_shared::{Event, Limits, Message};
+
+/// Rows under way at most.
+const WAVE: usize = 512;
+/// Orders that are taken in before rows go out: more of them make larger chunks.
+const TURN: usize = 64;
+/// The pauses of a key whose row is refused: at first, doubling up to the last.
+const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+/// How often it is said that rows wait: each key is tried for itself.
+const QUIET: Duration = Duration::from_secs(10);
+/// Bytes of rows that wait for their destination; beyond this nothing more is taken.
+const HELD: usize = 64 << 20;
+/// What a row weighs beside its body.
+const ROW: usize = 512;
+/// Why an outgoing message is dead-lettered.
+const UNSENDABLE: &str = "unsendable";
 
 /// The way into the relay.
 #[derive(Clone, Debug)]
 pub struct Outbox {
     orders: mpsc::UnboundedSender<Order>,
-    pending: Arc<AtomicUsize>,
-    pushes: Arc<Mutex<Pushes>>,
+    shared: Arc<Shared>,
+}
+
+/// What both sides know.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Rows that are not forgotten yet.
+    pending: AtomicUsize,
+    pushes: Mutex<Pushes>,
+    held: Mutex<Held>,
 }
 
 /// When rows came, until they have gone.
@@ -37,6 +66,16 @@ struct Pushes {
     at: VecDeque<(u64, Instant)>,
 }
 
+/// What waits for a destination that refuses.
+#[derive(Clone, Debug, Default)]
+struct Held {
+    rows: usize,
+    keys: usize,
+    bytes: usize,
+    /// Where to, and what the broker said last.
+    why: String,
+}
+
 #[derive(Debug)]
 enum Order {
     Publish(Vec<Row>),
@@ -44,51 +83,42 @@ enum Order {
     Tell(Arc<str>, oneshot::Sender<()>),
 }
 
-/// Rows that are published at once.
-const WAVE: usize = 512;
+/// What the relay works with.
+pub(crate) struct Parts {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) publisher: Publisher,
+    pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) pool: String,
+    /// Where dead letters go.
+    pub(crate) dead: String,
+    pub(crate) worker: String,
+    pub(crate) limits: Limits,
+}
 
 impl Outbox {
     /// Starts the relay.
     #[must_use]
-    pub(crate) fn start(
-        store: Arc<dyn Store>,
-        publisher: Publisher,
-        topology: Arc<Subscriptions>,
-        pool: &str,
-        limits: Limits,
-    ) -> Self {
+    pub(crate) fn start(parts: Parts) -> Self {
         let (orders, inbox) = mpsc::unbounded_channel();
-        let pending = Arc::new(AtomicUsize::new(0));
-        let relay = Relay {
-            store,
-            publisher,
-            topology,
-            pool: pool.to_owned(),
-            limits,
-            inbox,
-            pending: pending.clone(),
-            hasher: RandomState::new(),
-            queue: VecDeque::new(),
-            forgetting: None,
-            waiting: Vec::new(),
-        };
-        tokio::spawn(relay.run());
-        Self { orders, pending, pushes: Arc::default() }
+        let shared = Arc::new(Shared::default());
+        tokio::spawn(Relay::new(parts, shared.clone()).run(inbox));
+        Self { orders, shared }
     }
 
     /// Hands committed rows over, in their order.
     pub fn push(&self, rows: Vec<Row>) {
-        let mut pushes = self.pushes();
+        let mut pushes = lock(&self.shared.pushes);
         pushes.rows += rows.len() as u64;
         let push = (pushes.rows, Instant::now());
         pushes.at.push_back(push);
-        self.pending.fetch_add(rows.len(), Ordering::AcqRel);
+        self.shared.pending.fetch_add(rows.len(), Ordering::AcqRel);
         drop(pushes);
         // The relay ends only when all handles are gone.
         let _ = self.orders.send(Order::Publish(rows));
     }
 
-    /// Waits until everything of a partition that was pushed before is published and forgotten.
+    /// Waits until everything of a partition that was pushed before is published and forgotten, or left to the next owner as its
+    /// destination refuses it.
     pub async fn flushed(&self, partition: Arc<str>) {
         let (tell, told) = oneshot::channel();
         let _ = self.orders.send(Order::Tell(partition, tell));
@@ -98,7 +128,7 @@ impl Outbox {
     /// How long the oldest row has waited. They go in the order in which they came, but for those that their key holds back.
     #[must_use]
     pub fn age(&self) -> Duration {
-        let mut pushes = self.pushes();
+        let mut pushes = lock(&self.shared.pushes);
         let gone = pushes.rows - self.pending() as u64;
         while pushes.at.front().is_some_and(|(rows, _)| *rows <= gone) {
             pushes.at.pop_front();
@@ -106,189 +136,543 @@ impl Outbox {
         pushes.at.front().map_or(Duration::ZERO, |(_, at)| at.elapsed())
     }
 
-    fn pushes(&self) -> MutexGuard<'_, Pushes> {
-        // No code that holds the lock can panic half-way through a change.
-        self.pushes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Rows that are not yet confirmed and forgotten.
     #[must_use]
     pub fn pending(&self) -> usize {
-        self.pending.load(Ordering::Acquire)
+        self.shared.pending.load(Ordering::Acquire)
+    }
+
+    /// Rows whose destination refuses them for now.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        lock(&self.shared.held).rows
+    }
+
+    /// How many rows more than these would be too many; what waits for a destination counts only once it fills the memory.
+    pub(crate) fn is_over(&self, backlog: usize) -> bool {
+        let held = lock(&self.shared.held);
+        self.pending().saturating_sub(held.rows) > backlog || held.bytes > HELD
+    }
+
+    /// What waits and why, for a person.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        let Held { rows, keys, why, .. } = lock(&self.shared.held).clone();
+        (rows > 0).then(|| format!("{rows} outgoing messages of {keys} keys wait, the others go on: {why}"))
     }
 }
 
-struct Relay {
-    store: Arc<dyn Store>,
-    publisher: Publisher,
-    topology: Arc<Subscriptions>,
-    pool: String,
-    limits: Limits,
-    inbox: mpsc::UnboundedReceiver<Order>,
-    pending: Arc<AtomicUsize>,
-    hasher: RandomState,
-    queue: VecDeque<Row>,
-    /// The last wave, until the store has forgotten it.
-    forgetting: Option<Forgetting>,
-    /// Who waits for a partition's last row.
-    waiting: Vec<(Arc<str>, oneshot::Sender<()>)>,
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code that holds one of these locks can panic half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// The rows of a key, in order; the first one may be under way.
+#[derive(Default)]
+struct Key {
+    rows: VecDeque<Row>,
+    flying: bool,
+    /// How long its first row waited last; none while the broker takes its rows.
+    pause: Option<Duration>,
+}
+
+impl Key {
+    /// Whether it waits for its destination, with nothing under way.
+    fn rests(&self) -> bool {
+        self.pause.is_some() && !self.flying
+    }
+}
+
+/// A destination that takes nothing of anybody: one row asks it now and then.
+struct Closed {
+    pause: Duration,
+    until: Instant,
+    asked: bool,
+}
+
+/// What an outcome asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Sent,
+    /// Nobody subscribes to an event on the bus.
+    Unheard,
+    /// Only this key waits.
+    Held(String),
+    /// All that go there wait.
+    Closed(String),
+    /// It would be refused for ever.
+    Never(String),
+}
+
+/// Rows that were handed to the publisher together, by key.
+struct Wave {
+    keys: Vec<u64>,
+    outcomes: Outcomes,
+}
+
+type News = (Wave, Option<Vec<(usize, Outcome)>>);
 
 struct Forgetting {
     partitions: Vec<Arc<str>>,
     done: JoinHandle<()>,
 }
 
+struct Relay {
+    parts: Parts,
+    shared: Arc<Shared>,
+    hasher: RandomState,
+    keys: FxHashMap<u64, Key>,
+    /// Keys whose first row may go.
+    ready: VecDeque<u64>,
+    /// Keys whose first row was refused, and when it is tried again.
+    held: BTreeSet<(Instant, u64)>,
+    closed: HashMap<String, Closed>,
+    /// Rows at the publisher.
+    flying: usize,
+    under_way: FuturesUnordered<BoxFuture<'static, News>>,
+    /// Confirmed rows that the store is not told of yet, and those that it is being told of.
+    sent: Vec<(i64, Arc<str>)>,
+    forgetting: Option<Forgetting>,
+    /// Who waits for a partition's last row.
+    waiting: Vec<(Arc<str>, oneshot::Sender<()>)>,
+    /// When it was said last that rows wait.
+    said: Option<Instant>,
+}
+
 impl Relay {
-    async fn run(mut self) {
-        while let Some(order) = self.inbox.recv().await {
-            self.obey(order);
-            let mut failures = 0;
-            while !self.queue.is_empty() || self.forgetting.is_some() {
-                while self.queue.len() < WAVE
-                    && let Ok(more) = self.inbox.try_recv()
-                {
-                    self.obey(more);
+    fn new(parts: Parts, shared: Arc<Shared>) -> Self {
+        Self {
+            parts,
+            shared,
+            hasher: RandomState::new(),
+            keys: FxHashMap::default(),
+            ready: VecDeque::new(),
+            held: BTreeSet::new(),
+            closed: HashMap::new(),
+            flying: 0,
+            under_way: FuturesUnordered::new(),
+            sent: Vec::new(),
+            forgetting: None,
+            waiting: Vec::new(),
+            said: None,
+        }
+    }
+
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Order>) {
+        let mut open = true;
+        while open || !self.keys.is_empty() || self.forgetting.is_some() {
+            let next = self.held.first().map(|(at, _)| *at);
+            let forgotten = async {
+                match &mut self.forgetting {
+                    // It does not panic; and what stayed would be published again, which is harmless.
+                    Some(forgetting) => drop((&mut forgetting.done).await),
+                    None => std::future::pending().await,
                 }
-                let complete = match &mut self.forgetting {
-                    Some(wave) if self.queue.is_empty() => {
-                        tokio::select! {
-                            _ = &mut wave.done => self.forgetting = None,
-                            Some(order) = self.inbox.recv() => self.obey(order),
-                        }
-                        true
-                    }
-                    _ => self.wave().await,
-                };
-                self.tell();
-                if complete {
-                    failures = 0;
-                } else {
-                    failures += 1;
-                    tokio::time::sleep(Duration::from_millis(100 * (1 << failures.min(5)))).await;
-                }
+            };
+            tokio::select! {
+                order = inbox.recv(), if open => match order {
+                    Some(order) => self.obey(order),
+                    None => open = false,
+                },
+                Some((wave, news)) = self.under_way.next(), if !self.under_way.is_empty() => self.learn(wave, news),
+                () = forgotten => self.forgetting = None,
+                () = sleep_until(next), if next.is_some() => {}
             }
+            for _ in 0..TURN {
+                let Ok(order) = inbox.try_recv() else { break };
+                self.obey(order);
+            }
+            self.wake();
+            self.publish();
+            self.forget();
+            self.tell();
         }
     }
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Publish(rows) => self.queue.extend(rows),
-            Order::Tell(partition, tell) => {
-                self.waiting.push((partition, tell));
-                self.tell();
+            Order::Publish(rows) => rows.into_iter().for_each(|row| self.enqueue(row)),
+            Order::Tell(partition, tell) => self.waiting.push((partition, tell)),
+        }
+    }
+
+    fn enqueue(&mut self, row: Row) {
+        // Two keys of one hash follow one another, which does no harm.
+        let key = self.hasher.hash_one(row.message.correlation_id.as_deref().unwrap_or_default());
+        match self.keys.entry(key) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Key::default()).rows.push_back(row);
+                self.ready.push_back(key);
+            }
+            Entry::Occupied(mut occupied) => {
+                if occupied.get().pause.is_some() {
+                    let mut held = lock(&self.shared.held);
+                    held.rows += 1;
+                    held.bytes += weight(&row);
+                }
+                occupied.get_mut().rows.push_back(row);
             }
         }
     }
 
-    fn tell(&mut self) {
-        for (partition, tell) in std::mem::take(&mut self.waiting) {
-            let forgetting = self.forgetting.iter().flat_map(|wave| &wave.partitions);
-            if self.queue.iter().map(|row| &row.partition).chain(forgetting).any(|other| *other == partition) {
-                self.waiting.push((partition, tell));
-            } else {
-                let _ = tell.send(());
-            }
-        }
-    }
-
-    /// Publishes the first row of each key; returns whether all of them went out.
-    async fn wave(&mut self) -> bool {
-        let (mut wave, mut later, mut keys) = (Vec::new(), Vec::new(), HashSet::new());
-        while wave.len() < WAVE
-            && let Some(row) = self.queue.pop_front()
+    /// Keys whose pause is over may try again.
+    fn wake(&mut self) {
+        let now = Instant::now();
+        while let Some((at, key)) = self.held.first().copied()
+            && at <= now
         {
-            // Two keys of one hash follow one another, which does no harm.
-            let key = self.hasher.hash_one(row.message.correlation_id.as_deref().unwrap_or_default());
-            if keys.insert(key) { wave.push(row) } else { later.push(row) }
+            self.held.pop_first();
+            self.ready.push_back(key);
         }
-        let outcomes = self.publisher.publish_all(wave.iter().map(|row| row.message.clone()).collect()).await;
-        fault::point("outbox-published");
-        let (mut sent, mut kept, mut missing, mut unheard) = (Vec::new(), Vec::new(), false, Vec::new());
-        for (row, outcome) in wave.into_iter().zip(outcomes) {
-            match outcome {
-                Ok(_) => {
-                    if row.message.exchange == BUS {
-                        metrics::count(names::EMITTED, 1);
-                    }
-                    sent.push(row);
-                }
-                Err(Refused::Returned { .. }) if row.message.exchange == BUS => {
-                    metrics::count(names::UNHEARD, 1);
-                    tracing::debug!(id = row.message.message_id, r#type = row.message.kind, "nobody subscribes to it");
-                    match self.unheard(&row.message) {
-                        Some(answer) => unheard.push((row, answer)),
-                        None => sent.push(row),
-                    }
-                }
-                Err(refused) => {
-                    missing |= matches!(refused, Refused::Returned { .. } | Refused::Forbidden(_));
-                    tracing::error!(
-                        id = row.message.message_id,
-                        exchange = row.message.exchange,
-                        %refused,
-                        "an outgoing message is refused, trying again"
-                    );
-                    kept.push(row);
-                }
-            }
-        }
-        if !unheard.is_empty() {
-            let (rows, answers): (Vec<Row>, Vec<Message>) = unheard.into_iter().unzip();
-            for (row, outcome) in rows.into_iter().zip(self.publisher.publish_all(answers).await) {
-                match outcome {
-                    Ok(_) | Err(Refused::Returned { .. }) => sent.push(row),
-                    Err(_) => kept.push(row),
-                }
-            }
-        }
-        let complete = kept.is_empty();
-        // Those of the wave came before what had to wait for them.
-        later.into_iter().rev().for_each(|row| self.queue.push_front(row));
-        kept.into_iter().rev().for_each(|row| self.queue.push_front(row));
-        self.forgotten().await;
-        if !sent.is_empty() {
-            self.forgetting = Some(self.forget(sent));
-        }
-        if missing && let Err(error) = self.topology.repair().await {
-            tracing::error!(%error, "the topology cannot be declared again");
-        }
-        complete
     }
 
-    /// The answer to a process whose question nobody subscribes to.
-    fn unheard(&self, message: &Message) -> Option<Message> {
-        let event = message.read(self.limits, String::new).ok()?.event;
-        let error = format!("nobody subscribes to '{}': add a route for it, here or in another pool", event.kind());
-        let failed = Failed { reason: "unheard".into(), error };
-        let answer = answer(&event, Err(&failed), &self.pool, self.limits)?;
+    /// Hands the first row of each key that may go to the publisher.
+    fn publish(&mut self) {
+        let (mut keys, mut messages) = (Vec::new(), Vec::new());
+        let now = Instant::now();
+        while self.flying + keys.len() < WAVE
+            && let Some(key) = self.ready.pop_front()
+        {
+            // One that was left to the next owner, and has come back since, may stand here twice.
+            let Some(Key { rows, flying, .. }) = self.keys.get_mut(&key).filter(|key| !key.flying) else { continue };
+            let Some(row) = rows.front() else { continue };
+            if let Some(closed) = self.closed.get_mut(&row.message.exchange) {
+                if closed.asked || closed.until > now {
+                    self.held.insert((closed.until.max(now + PAUSES[0]), key));
+                    continue;
+                }
+                closed.asked = true;
+            }
+            *flying = true;
+            keys.push(key);
+            messages.push(row.message.clone());
+        }
+        if keys.is_empty() {
+            return;
+        }
+        self.flying += keys.len();
+        let publisher = self.parts.publisher.clone();
+        self.under_way.push(Box::pin(async move {
+            let outcomes = publisher.submit(messages).await;
+            next(Wave { keys, outcomes }).await
+        }));
+    }
+
+    fn learn(&mut self, wave: Wave, news: Option<Vec<(usize, Outcome)>>) {
+        let Some(news) = news else { return };
+        fault::point("outbox-published");
+        self.flying -= news.len();
+        for (place, outcome) in news {
+            self.settle(wave.keys[place], outcome);
+        }
+        self.under_way.push(Box::pin(next(wave)));
+    }
+
+    fn settle(&mut self, key: u64, outcome: Outcome) {
+        let Some(Key { rows, flying, .. }) = self.keys.get_mut(&key) else { return };
+        *flying = false;
+        let Some(row) = rows.front() else { return };
+        let on_bus = row.message.exchange == BUS;
+        let verdict = verdict(outcome, on_bus);
+        match &verdict {
+            Verdict::Closed(_) => {
+                let exchange = row.message.exchange.clone();
+                self.close(exchange);
+            }
+            _ => drop(self.closed.remove(&row.message.exchange)),
+        }
+        match verdict {
+            Verdict::Sent => {
+                if on_bus {
+                    metrics::count(names::EMITTED, 1);
+                }
+                self.gone(key);
+            }
+            Verdict::Unheard => self.unheard(key),
+            Verdict::Held(why) | Verdict::Closed(why) => self.hold(key, why),
+            Verdict::Never(why) => self.bury(key, &why),
+        }
+    }
+
+    /// The first row of a key is where it should be: the next may go.
+    fn gone(&mut self, key: u64) {
+        self.release(key);
+        let Entry::Occupied(mut entry) = self.keys.entry(key) else { return };
+        if let Some(row) = entry.get_mut().rows.pop_front() {
+            self.sent.push((row.id, row.partition));
+        }
+        if entry.get().rows.is_empty() {
+            entry.remove();
+        } else {
+            self.ready.push_back(key);
+        }
+    }
+
+    /// The broker does not take the first row of a key for now.
+    fn hold(&mut self, key: u64, why: String) {
+        let Some(Key { rows, pause, .. }) = self.keys.get_mut(&key) else { return };
+        let again = pause.map_or(PAUSES[0], |pause| (pause * 2).min(PAUSES[1]));
+        let mut held = lock(&self.shared.held);
+        if pause.replace(again).is_none() {
+            held.keys += 1;
+            held.rows += rows.len();
+            held.bytes += rows.iter().map(weight).sum::<usize>();
+        }
+        self.held.insert((Instant::now() + again, key));
+        if let Some(row) = rows.front() {
+            held.why = format!("to '{}' with routing key '{}': {why}", row.message.exchange, row.message.routing_key);
+            if self.said.is_none_or(|at| at.elapsed() > QUIET) {
+                self.said = Some(Instant::now());
+                tracing::error!(
+                    id = row.message.message_id,
+                    rows = held.rows,
+                    keys = held.keys,
+                    "outgoing messages are refused, trying again, the other keys go on: {}",
+                    held.why
+                );
+            }
+        }
+    }
+
+    /// A key is held no longer.
+    fn release(&mut self, key: u64) {
+        let Some(Key { rows, pause, .. }) = self.keys.get_mut(&key) else { return };
+        if pause.take().is_some() {
+            let mut held = lock(&self.shared.held);
+            held.keys -= 1;
+            held.rows -= rows.len();
+            held.bytes -= rows.iter().map(weight).sum::<usize>();
+        }
+    }
+
+    /// A destination takes nothing of anybody: one row asks again after a while. Somebody may have deleted it under us.
+    fn close(&mut self, exchange: String) {
+        let pause = self.closed.get(&exchange).map_or(PAUSES[0], |closed| (closed.pause * 2).min(PAUSES[1]));
+        self.closed.insert(exchange, Closed { pause, until: Instant::now() + pause, asked: false });
+        let subscriptions = self.parts.subscriptions.clone();
+        tokio::spawn(async move {
+            if let Err(error) = subscriptions.repair().await {
+                tracing::error!(%error, "the topology cannot be declared again");
+            }
+        });
+    }
+
+    /// Nobody subscribes to an event: where it asks for a step of a process, the process is told instead.
+    fn unheard(&mut self, key: u64) {
+        metrics::count(names::UNHEARD, 1);
+        let Some(message) = self.first(key) else { return };
+        tracing::debug!(id = message.message_id, r#type = message.kind, "nobody subscribes to it");
+        let event = self.event(message);
+        let told = event.and_then(|event| {
+            let error = format!("nobody subscribes to '{}': add a route for it, here or in another pool", event.kind());
+            self.failed(&event, "unheard", error)
+        });
+        match told {
+            Some(answer) => self.replace(key, answer),
+            None => self.gone(key),
+        }
+    }
+
+    /// The broker will never take it: it becomes a dead letter. Where it asks for a step of a process, the process is told, too.
+    fn bury(&mut self, key: u64, why: &str) {
+        self.release(key);
+        let Some(message) = self.first(key) else { return };
+        let is_letter = message.exchange == self.parts.dead;
+        let (exchange, size) = (message.exchange.clone(), message.body.len());
+        if is_letter && size == 0 {
+            // Nothing is left to leave out.
+            return self.hold(key, format!("a dead letter is refused for good: {why}"));
+        }
+        tracing::error!(
+            id = message.message_id,
+            exchange,
+            routing_key = message.routing_key,
+            bytes = size,
+            why,
+            "dead-lettered an outgoing message: the broker will never take it"
+        );
+        let (mut letter, mut told) = (message.clone(), None);
+        let error = if is_letter {
+            letter.body.clear();
+            format!("its body of {size} bytes is left out, as the broker refuses the dead letter, too: {why}")
+        } else {
+            let error = format!("it cannot be sent to '{exchange}' with routing key '{}': {why}", letter.routing_key);
+            told = self.event(message).and_then(|event| self.failed(&event, UNSENDABLE, error.clone()));
+            error
+        };
+        let cause = Cause { reason: UNSENDABLE, error, attempts: 0, handler: String::new() };
+        let scene = Scene { worker: self.parts.worker.clone(), at: jiff::Timestamp::now().to_string() };
+        let mut letter = dead::of_message(letter, &cause, &scene, &self.parts.dead);
+        if !is_letter {
+            letter.set(dead::EXCHANGE, exchange);
+        }
+        if let Some(answer) = told
+            && let Some(rows) = self.keys.get_mut(&key).map(|key| &mut key.rows)
+            && let Some(row) = rows.front().cloned()
+        {
+            // Under the same id: the row is forgotten with the first of the two, and made anew by neither.
+            rows.insert(1, Row { message: answer, ..row });
+            self.shared.pending.fetch_add(1, Ordering::AcqRel);
+        }
+        self.replace(key, letter);
+    }
+
+    fn first(&self, key: u64) -> Option<&Message> {
+        Some(&self.keys.get(&key)?.rows.front()?.message)
+    }
+
+    fn event(&self, message: &Message) -> Option<Event> {
+        Some(message.read(self.parts.limits, String::new).ok()?.event)
+    }
+
+    /// The answer to a process whose question goes nowhere; none where it is no question.
+    fn failed(&self, event: &Event, reason: &str, error: String) -> Option<Message> {
+        let failed = Failed { reason: reason.into(), error };
+        let answer = answer(event, Err(&failed), &self.parts.pool, self.parts.limits)?;
         tracing::warn!(id = event.id(), r#type = event.kind(), "a step of a process fails: {}", failed.error);
         Some(outgoing(&answer))
     }
 
-    /// Until the store takes it: rows that stay would be published again by the next owner.
-    fn forget(&self, rows: Vec<Row>) -> Forgetting {
-        let (ids, partitions) = rows.into_iter().map(|row| (row.id, row.partition)).unzip::<_, _, Vec<i64>, _>();
-        let (store, pending) = (self.store.clone(), self.pending.clone());
-        let done = tokio::spawn(async move {
-            let mut pause = Duration::from_millis(50);
-            while let Err(error) = store.sent(ids.clone()).await {
-                metrics::count(names::STORE_ERRORS, 1);
-                tracing::warn!(%error, "published rows cannot be forgotten yet");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(5));
-            }
-            fault::point("outbox-marked");
-            pending.fetch_sub(ids.len(), Ordering::AcqRel);
-        });
-        Forgetting { partitions, done }
+    /// Sends another message in the place of a key's first row.
+    fn replace(&mut self, key: u64, message: Message) {
+        self.release(key);
+        if let Some(row) = self.keys.get_mut(&key).and_then(|key| key.rows.front_mut()) {
+            row.message = message;
+            self.ready.push_front(key);
+        }
     }
 
-    /// Waits until the last wave is forgotten.
-    async fn forgotten(&mut self) {
-        if let Some(wave) = self.forgetting.take() {
-            // It does not panic; and what stayed would be published again, which is harmless.
-            let _ = wave.done.await;
+    /// Until the store takes it: rows that stay would be published again by the next owner.
+    fn forget(&mut self) {
+        if self.sent.is_empty() || self.forgetting.is_some() {
+            return;
         }
+        let (ids, partitions) = std::mem::take(&mut self.sent).into_iter().unzip::<i64, Arc<str>, Vec<_>, _>();
+        let (store, shared) = (self.parts.store.clone(), self.shared.clone());
+        let done = tokio::spawn(async move {
+            let told = repeated(|| store.sent(ids.clone()), "published rows cannot be forgotten yet").await;
+            fault::point("outbox-marked");
+            shared.pending.fetch_sub(ids.len(), Ordering::AcqRel);
+            told
+        });
+        self.forgetting = Some(Forgetting { partitions, done });
+    }
+
+    fn tell(&mut self) {
+        for (partition, tell) in std::mem::take(&mut self.waiting) {
+            let forgetting = self.forgetting.iter().flat_map(|forgetting| &forgetting.partitions);
+            let sent = self.sent.iter().map(|(_, partition)| partition);
+            let flowing = self.keys.values().filter(|key| !key.rests()).flat_map(|key| &key.rows);
+            let mut left = flowing.map(|row| &row.partition).chain(sent).chain(forgetting);
+            if left.any(|other| *other == partition) {
+                self.waiting.push((partition, tell));
+            } else {
+                self.leave(&partition, tell);
+            }
+        }
+    }
+
+    /// What of a partition waits for its destination is left to the next owner.
+    fn leave(&mut self, partition: &Arc<str>, tell: oneshot::Sender<()>) {
+        let mut ids = Vec::new();
+        let mut held = lock(&self.shared.held);
+        self.keys.retain(|_, key| {
+            let before = key.rows.len();
+            key.rows.retain(|row| {
+                let stays = row.partition != *partition;
+                if !stays {
+                    held.bytes -= weight(row);
+                    ids.push(row.id);
+                }
+                stays
+            });
+            held.rows -= before - key.rows.len();
+            held.keys -= usize::from(key.rows.is_empty());
+            !key.rows.is_empty()
+        });
+        drop(held);
+        if ids.is_empty() {
+            let _ = tell.send(());
+            return;
+        }
+        tracing::info!(
+            partition = &**partition,
+            rows = ids.len(),
+            "outgoing messages that wait are left to the partition's next owner"
+        );
+        self.shared.pending.fetch_sub(ids.len(), Ordering::AcqRel);
+        let store = self.parts.store.clone();
+        tokio::spawn(async move {
+            repeated(|| store.leave(ids.clone()), "outgoing messages cannot be left to the next owner yet").await;
+            let _ = tell.send(());
+        });
+    }
+}
+
+async fn next(mut wave: Wave) -> News {
+    let news = wave.outcomes.next().await;
+    (wave, news)
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Asks the store until it has done it.
+async fn repeated(mut call: impl FnMut() -> crate::store::Reply<()>, trouble: &str) {
+    let mut pause = Duration::from_millis(50);
+    while let Err(error) = call().await {
+        metrics::count(names::STORE_ERRORS, 1);
+        tracing::warn!(%error, "{trouble}");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+fn weight(row: &Row) -> usize {
+    row.message.body.len() + ROW
+}
+
+fn verdict(outcome: Outcome, on_bus: bool) -> Verdict {
+    match outcome {
+        Ok(_) => Verdict::Sent,
+        Err(Refused::Returned { .. }) if on_bus => Verdict::Unheard,
+        Err(refused @ (Refused::Rejected | Refused::Unknown)) => Verdict::Held(refused.to_string()),
+        // Its queue, or the exchange, is gone, or not for us.
+        Err(refused) if refused.is_passing() => Verdict::Closed(refused.to_string()),
+        Err(refused) => Verdict::Never(refused.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_concerns_a_message_alone_is_never_sent() {
+        let forbidden = |said: &str| verdict(Err(Refused::Forbidden(said.into())), true);
+        let missing = "NOT_FOUND - no exchange 'warren.events' in vhost '/'";
+        let closed = "ACCESS_REFUSED - access to exchange 'warren.events' in vhost '/' refused for user 'a'";
+        for said in [missing, closed] {
+            assert!(matches!(forbidden(said), Verdict::Closed(_)), "{said}");
+        }
+        let topic =
+            "ACCESS_REFUSED - access to topic 'a.b' in exchange 'warren.events' in vhost '/' refused for user 'a'";
+        let large = "PRECONDITION_FAILED - message size 9 is larger than configured max size 8";
+        for said in [topic, large] {
+            assert!(matches!(forbidden(said), Verdict::Never(_)), "{said}");
+        }
+        for refused in [Refused::Rejected, Refused::Unknown] {
+            assert!(matches!(verdict(Err(refused), true), Verdict::Held(_)));
+        }
+        let returned = || {
+            let [exchange, routing_key, reply] = ["x", "k", "NO_ROUTE"].map(str::to_owned);
+            Err(Refused::Returned { exchange, routing_key, reply })
+        };
+        assert_eq!(verdict(returned(), true), Verdict::Unheard);
+        assert!(matches!(verdict(returned(), false), Verdict::Closed(_)));
     }
 }

@@ -7,7 +7,7 @@ use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Ru
 use crate::job::House;
 use crate::load::Gauges;
 use crate::metrics::{self, names};
-use crate::outbox::Outbox;
+use crate::outbox::{self, Outbox};
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
 use crate::process::Plans;
 use crate::shutdown::Stop;
@@ -249,8 +249,15 @@ impl Worker {
         let publisher = Publisher::start(broker.clone(), link, options);
         let subscriptions =
             Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits, seal);
-        let outbox =
-            Outbox::start(store.clone(), publisher.clone(), subscriptions.clone(), &settings.pool, settings.limits);
+        let outbox = Outbox::start(outbox::Parts {
+            store: store.clone(),
+            publisher: publisher.clone(),
+            subscriptions: subscriptions.clone(),
+            pool: settings.pool.clone(),
+            dead: topology.dead(),
+            worker: name.clone(),
+            limits: settings.limits,
+        });
 
         let pulse = Arc::new(Pulse::default());
         pulse.turned.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
@@ -259,6 +266,7 @@ impl Worker {
             subscriptions: subscriptions.clone(),
             seats: Arc::new(Seats::default()),
             publisher: publisher.health(),
+            outbox: outbox.clone(),
             draining: Arc::new(AtomicBool::new(false)),
         };
         if let Some(address) = settings.admin_addr {
@@ -383,7 +391,7 @@ fn told_early(name: &str) -> anyhow::Result<()> {
 /// Waits until everything recorded is published. What is not stays in the store for the next owner.
 async fn flush(outbox: &Outbox, patience: Duration) {
     let deadline = tokio::time::Instant::now() + patience;
-    while outbox.pending() > 0 {
+    while outbox.pending() > outbox.held() {
         if tokio::time::Instant::now() >= deadline {
             tracing::warn!(rows = outbox.pending(), "outgoing events stay in the store for the next worker");
             return;

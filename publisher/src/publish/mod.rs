@@ -58,6 +58,26 @@ pub enum Refused {
     Unknown,
 }
 
+impl Refused {
+    /// Whether the same message may be taken later: the broker, the queue or the topology is at fault, not the message.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Returned { .. } | Self::Rejected | Self::Unknown => true,
+            Self::Forbidden(_) => self.is_of_the_exchange(),
+            Self::Unwritable(_) => false,
+        }
+    }
+
+    /// Whether the broker would say so of every message to that exchange: it is not there, or not for us. Permissions on topics,
+    /// and sizes, are a message's own.
+    #[must_use]
+    pub fn is_of_the_exchange(&self) -> bool {
+        let Self::Forbidden(said) = self else { return false };
+        said.starts_with("NOT_FOUND") || said.starts_with("ACCESS_REFUSED") && !said.contains(" to topic ")
+    }
+}
+
 /// What publishing did.
 pub type Outcome = Result<Confirmed, Refused>;
 

@@ -180,14 +180,9 @@ fn verdict(id: i64, outcome: Outcome) -> Verdict {
     match outcome {
         Ok(proof) => Verdict::Sent(Sent::new(id, proof)),
         Err(Refused::Rejected | Refused::Unknown) => Verdict::Held,
-        Err(Refused::Forbidden(said)) if concerns_all(&said) => Verdict::Paused(said),
+        Err(refused) if refused.is_of_the_exchange() => Verdict::Paused(refused.to_string()),
         Err(refused) => Verdict::Refused(refused.to_string()),
     }
-}
-
-/// Whether the broker would say so of every message. Permissions on topics, and sizes, are a message's own.
-fn concerns_all(said: &str) -> bool {
-    said.starts_with("NOT_FOUND") || said.starts_with("ACCESS_REFUSED") && !said.contains(" to topic ")
 }
 
 #[cfg(test)]

@@ -536,6 +536,7 @@ impl Task {
             me.troubles.clear();
         }
         self.strangers.retain(|_, (_, at)| at.elapsed() < 5 * *BEAT);
+        me.troubles.extend(self.vitals.outbox.trouble());
         me.troubles.extend(self.strangers.values().map(|(conflict, _)| conflict.to_string()));
         self.gossip.say(Word { kind, ..me.clone() });
     }

@@ -43,6 +43,10 @@ type Id = u64;
 const BACKLOG: usize = 4096;
 /// News of a kind that one turn of the loop takes in, at most.
 const TURN: usize = 64;
+/// Copies at the publisher at most.
+const COPIES: usize = 1024;
+/// How often it is said that copies are refused, and the topology looked after.
+const QUIET: Duration = Duration::from_secs(1);
 /// Taken ahead of the places for handlers, at most.
 const AHEAD: usize = 1024;
 
@@ -56,7 +60,9 @@ enum News {
     Unstarted(Vec<Id>, Result<(), StoreError>),
     Committed(Vec<Id>, Arc<Vec<Effect>>, Instant, Result<Vec<Recorded>, StoreError>),
     Relayed(Vec<Id>, Result<Vec<Row>, StoreError>),
-    Published(Vec<Id>, Vec<Published>),
+    Published(Vec<(Id, Published)>),
+    /// Copies that were refused may be tried again.
+    Again(Vec<Id>),
     Handled(Vec<(Id, handler::Outcome)>),
     Noted(Id),
     Waited(Id),
@@ -118,6 +124,10 @@ pub(crate) struct Pipeline {
     /// Makes keys of the schedule; keyed anew in each process, so nobody can choose keys that collide.
     hasher: RandomState,
     stations: [Queue; STATIONS.len()],
+    /// Copies at the publisher: each is settled by itself, so more may follow before all are.
+    publishing: usize,
+    /// When it was said last that copies are refused.
+    said: Option<Instant>,
     /// Taken from the schedule, and asked for in the store or waiting for a place.
     ahead: usize,
     /// The places of routes that have a limit of their own.
@@ -172,6 +182,8 @@ pub(crate) fn start(parts: Parts) -> Running {
         schedule: Schedule::new(weights),
         hasher: RandomState::new(),
         stations: Default::default(),
+        publishing: 0,
+        said: None,
         ahead: 0,
         ready: VecDeque::new(),
         active: 0,
@@ -265,10 +277,11 @@ impl Pipeline {
             }
             News::Committed(ids, effects, since, answer) => self.committed(ids, effects, since, answer),
             News::Relayed(ids, answer) => self.relayed(ids, answer),
-            News::Published(ids, outcomes) => self.published(ids, outcomes),
+            News::Published(outcomes) => self.published(outcomes),
+            News::Again(ids) => ids.into_iter().for_each(|id| self.enqueue(Station::Publish, id)),
             News::Handled(outcomes) => outcomes.into_iter().for_each(|(id, outcome)| self.handled(id, outcome)),
             News::Noted(id) => self.noted(id),
-            News::Waited(id) => self.fact(id, Fact::Waited),
+            News::Waited(id) => self.waited(id),
             News::Rested(station) => self.station_mut(station).busy = false,
         }
     }
@@ -368,8 +381,8 @@ impl Pipeline {
     }
 
     fn take(&mut self) {
-        let backlog = self.station(Station::Commit).waiting.len() + self.parts.outbox.pending();
-        if self.draining || !self.alone.is_empty() || self.solo.is_some() || backlog > BACKLOG {
+        let room = BACKLOG.saturating_sub(self.station(Station::Commit).waiting.len());
+        if self.draining || !self.alone.is_empty() || self.solo.is_some() || self.parts.outbox.is_over(room) {
             return;
         }
         let most = (2 * self.pace).min(AHEAD).max(self.parts.concurrency);
@@ -410,6 +423,7 @@ impl Pipeline {
         metrics::set(names::RUNNING, level.active as f64);
         metrics::set(names::WAITING, level.waiting as f64);
         metrics::set(names::OUTBOX, self.parts.outbox.pending() as f64);
+        metrics::set(names::OUTBOX_HELD, self.parts.outbox.held() as f64);
         metrics::set(names::OUTBOX_AGE, self.parts.outbox.age().as_secs_f64());
         metrics::set(names::CONSUMING, self.parts.subscriptions.consuming() as f64);
         let mut inside = vec![0_u32; self.meters.lanes().len()];

@@ -174,6 +174,13 @@ impl Pipeline {
         job.abort = Some(task.abort_handle());
     }
 
+    /// The wait in place is over, unless a drain ended it just before.
+    pub(super) fn waited(&mut self, id: Id) {
+        if self.jobs.get(&id).is_some_and(|job| matches!(job.state, State::Holding { .. })) {
+            self.fact(id, Fact::Waited);
+        }
+    }
+
     /// The failed attempt is noted, which ended its start.
     pub(super) fn noted(&mut self, id: Id) {
         if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.mark == Mark::Present) {
@@ -222,7 +229,7 @@ impl Pipeline {
     pub(super) fn turn_of_the_suspects(&mut self) {
         let unrecorded = |s: &Queue| s.busy || !s.waiting.is_empty();
         let before = [Station::Commit, Station::Publish, Station::Start, Station::Unstart];
-        let busy = before.iter().any(|s| unrecorded(self.station(*s)));
+        let busy = before.iter().any(|s| unrecorded(self.station(*s))) || self.publishing > 0;
         if self.solo.is_none()
             && self.active == self.alone.len()
             && !busy

@@ -1,7 +1,7 @@
 //! Where work for the store and the broker gathers, and what their answers mean.
 //!
 //! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
-use super::{Id, News, Pipeline, now_ms};
+use super::{COPIES, Id, News, Pipeline, QUIET, now_ms};
 use crate::consumer::Proof;
 use crate::fault;
 use crate::job::{Content, Job, Mark};
@@ -258,12 +258,13 @@ impl Pipeline {
         );
     }
 
-    pub(super) fn published(&mut self, ids: Vec<Id>, outcomes: Vec<Published>) {
-        let (mut failed, mut first) = (Vec::new(), None);
-        for (id, outcome) in ids.into_iter().zip(outcomes) {
+    pub(super) fn published(&mut self, outcomes: Vec<(Id, Published)>) {
+        self.publishing -= outcomes.len();
+        let (mut failed, mut first) = (BTreeMap::<Duration, Vec<Id>>::new(), None);
+        for (id, outcome) in outcomes {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
             match outcome {
                 Ok(proof) => {
-                    let Some(job) = self.jobs.get_mut(&id) else { continue };
                     job.proof = Some(Proof::Confirmed(proof));
                     if let (Action::Bury, Content::Message(message)) = (job.state.action(), &job.content) {
                         let (reason, error) = (message.1.reason(), message.1.to_string());
@@ -273,13 +274,32 @@ impl Pipeline {
                     self.fact(id, Fact::Confirmed);
                 }
                 Err(refused) => {
+                    let passes = refused.is_passing();
+                    if !passes && matches!(job.state, State::Parking { .. }) {
+                        job.error = format!("it cannot wait for its next attempt: {refused}");
+                        self.fact(id, Fact::Refused);
+                        continue;
+                    }
+                    if !passes {
+                        job.leave_body_out();
+                    }
+                    job.refusals += 1;
+                    failed.entry(Duration::from_millis(50 << job.refusals.min(6))).or_default().push(id);
                     first.get_or_insert(refused);
-                    failed.push(id);
                 }
             }
         }
-        let Some(refused) = first else { return self.rested(Station::Publish) };
-        tracing::error!(%refused, events = failed.len(), "retries or dead letters are refused, trying again");
+        // Each waits for itself: a queue that refuses keeps no other's copies back.
+        for (pause, ids) in failed {
+            let tell = self.tell.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(pause).await;
+                let _ = tell.send(News::Again(ids));
+            });
+        }
+        let Some(refused) = first.filter(|_| self.said.is_none_or(|at| at.elapsed() > QUIET)) else { return };
+        self.said = Some(Instant::now());
+        tracing::error!(%refused, "retries or dead letters are refused, trying again");
         // Somebody may have deleted the queue under us.
         let subscriptions = self.parts.subscriptions.clone();
         tokio::spawn(async move {
@@ -287,7 +307,6 @@ impl Pipeline {
                 tracing::error!(%error, "the topology cannot be declared again");
             }
         });
-        self.broke(Station::Publish, failed);
     }
 
     pub(super) fn answered<T>(
@@ -372,9 +391,10 @@ impl Pipeline {
     /// Starts the station's next batch, if none is under way.
     pub(super) fn serve(&mut self, station: Station) {
         let queue = self.station_mut(station);
-        if queue.busy || queue.waiting.is_empty() {
+        if queue.busy || queue.waiting.is_empty() || station == Station::Publish && self.publishing >= COPIES {
             return;
         }
+        let queue = self.station_mut(station);
         let count = queue.waiting.len().min(queue.most);
         let mut ids: Vec<Id> = queue.waiting.drain(..count).collect();
         ids.retain(|id| self.jobs.contains_key(id));
@@ -392,7 +412,7 @@ impl Pipeline {
         if ids.is_empty() {
             return;
         }
-        self.station_mut(station).busy = true;
+        self.station_mut(station).busy = station != Station::Publish;
         let store = self.parts.store.clone();
         match station {
             Station::Look => {
@@ -446,10 +466,17 @@ impl Pipeline {
             }
             Station::Publish => {
                 let now = now_ms();
-                let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house, now);
-                let copies: Vec<Message> = ids.iter().filter_map(copy).collect();
-                let publisher = self.parts.publisher.clone();
-                self.ask(async move { News::Published(ids, publisher.publish_all(copies).await) });
+                let copy = |id: Id| Some((id, self.jobs.get(&id)?.copy(&self.parts.house, now)?));
+                let (ids, copies): (Vec<Id>, Vec<Message>) = ids.into_iter().filter_map(copy).unzip();
+                self.publishing += ids.len();
+                let (publisher, tell) = (self.parts.publisher.clone(), self.tell.clone());
+                tokio::spawn(async move {
+                    let mut outcomes = publisher.submit(copies).await;
+                    while let Some(known) = outcomes.next().await {
+                        let known = known.into_iter().map(|(place, outcome)| (ids[place], outcome)).collect();
+                        let _ = tell.send(News::Published(known));
+                    }
+                });
             }
         }
     }

@@ -48,6 +48,7 @@ macro_rules! exam {
             the_outbox_keeps_the_order_of_commits
             a_partition_s_rows_are_adopted_once
             only_rows_of_the_silent_are_adopted
+            rows_that_are_given_up_are_adopted_by_whoever_asks
             published_rows_are_forgotten
             starts_are_counted_until_they_end
             a_commit_ends_the_start
@@ -261,6 +262,24 @@ pub(super) async fn only_rows_of_the_silent_are_adopted(candidate: &Candidate) {
     commit(&unheard, vec![done("5")]).await;
     assert_eq!(ids(&ours.adopt(Left::Silent(moment.elapsed())).await.expect("answers")), ["5"]);
     assert_eq!(ids(&alive.adopt(Left::In("p00".into())).await.expect("answers")), ["1", "3", "4", "5"]);
+}
+
+pub(super) async fn rows_that_are_given_up_are_adopted_by_whoever_asks(candidate: &Candidate) {
+    let (ours, theirs) = ((candidate.open)("a"), (candidate.open)("b"));
+    let mut ids = Vec::new();
+    for recorded in commit(&ours, ["1", "2", "3"].map(done).into()).await {
+        let Recorded::Fresh(_, rows) = recorded else { panic!("not fresh") };
+        ids.extend(rows);
+    }
+    ours.beat().await.expect("takes it");
+    theirs.beat().await.expect("takes it");
+    ours.leave(ids[..2].to_vec()).await.expect("takes it");
+    let silent = || Left::Silent(Duration::from_secs(60));
+    let adopted = |rows: Vec<Row>| rows.iter().map(|row| row.id).collect::<Vec<_>>();
+    assert_eq!(adopted(theirs.adopt(silent()).await.expect("answers")), ids[..2], "ours is not silent");
+    theirs.leave(ids[..1].to_vec()).await.expect("takes it");
+    // Ours again, where we are the next.
+    assert_eq!(adopted(ours.adopt(Left::In("p00".into())).await.expect("answers")), ids[..2]);
 }
 
 pub(super) async fn published_rows_are_forgotten(candidate: &Candidate) {

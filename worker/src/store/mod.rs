@@ -175,6 +175,9 @@ pub trait Store: Send + Sync + 'static {
     fn list(&self, listed: Listed) -> Reply<Vec<(Uuid, Kept)>>;
     /// Makes outbox rows ours and returns them in order.
     fn adopt(&self, left: Left) -> Reply<Vec<Row>>;
+    /// Gives rows of ours up, which were not published: whoever adopts their partition next, or looks for rows of the silent, has
+    /// them.
+    fn leave(&self, rows: Vec<i64>) -> Reply<()>;
     /// Forgets rows that were published.
     fn sent(&self, rows: Vec<i64>) -> Reply<()>;
     /// Says that this worker lives.

@@ -449,6 +449,13 @@ impl Store for Postgres {
         self.call(|inner| async move { inner.adopt(&left).await })
     }
 
+    fn leave(&self, rows: Vec<i64>) -> Reply<()> {
+        self.call(|inner| async move {
+            let sql = format!("UPDATE {}.outbox SET worker = '' WHERE id = ANY($1)", inner.schema);
+            inner.write(&sql, &[(&rows, Type::INT8_ARRAY)]).await.map(drop)
+        })
+    }
+
     fn sent(&self, rows: Vec<i64>) -> Reply<()> {
         self.call(|inner| async move {
             let sql = format!("DELETE FROM {}.outbox WHERE id = ANY($1)", inner.schema);

@@ -385,6 +385,15 @@ impl Store for Sqlite {
         })
     }
 
+    fn leave(&self, rows: Vec<i64>) -> Reply<()> {
+        self.run(move |tx| {
+            for id in &rows {
+                tx.prepare_cached("UPDATE outbox SET worker = '' WHERE id = ?1")?.execute([id])?;
+            }
+            Ok(())
+        })
+    }
+
     fn sent(&self, rows: Vec<i64>) -> Reply<()> {
         self.run(move |tx| {
             for id in &rows {
