@@ -1,4 +1,5 @@
 //! The connection: reached with back-off, watched for blocks, its refusals translated into causes with cures.
+use crate::budget::Budget;
 use crate::secrets::Complaints;
 use crate::sieve;
 use crate::tls::{self, Card, Fault, Unfit};
@@ -110,6 +111,8 @@ pub struct Broker {
     present: Arc<Mutex<Present>>,
     name: String,
     nodes: Arc<Nodes>,
+    /// Bounds what is held of what its connections read.
+    budget: Option<Arc<Budget>>,
 }
 
 /// The settings as they were good last.
@@ -250,7 +253,13 @@ impl Broker {
         let turn = RandomState::new().hash_one(0) as usize / 2;
         let nodes = Nodes { turn: AtomicUsize::new(turn), given_up: watch::channel(turn).0 };
         let present = Present { amqp: amqp.into(), complaints: Complaints::default() };
-        Self { present: Arc::new(Mutex::new(present)), name: name.into(), nodes: Arc::new(nodes) }
+        Self { present: Arc::new(Mutex::new(present)), name: name.into(), nodes: Arc::new(nodes), budget: None }
+    }
+
+    /// The same broker, by connections that read nothing while this budget is used up.
+    #[must_use]
+    pub fn within(&self, budget: Arc<Budget>) -> Self {
+        Self { budget: Some(budget), ..self.clone() }
     }
 
     /// Connects once, to the first node that answers: the one that serves us, or the next in the list. Secrets are read again
@@ -286,7 +295,8 @@ impl Broker {
             _ => None,
         };
         // The library bounds the TCP connection, not what follows: whatever accepts and says nothing would hold us for ever.
-        let connecting = tokio::time::timeout(HANDSHAKE, sieve::connect(uri.clone(), properties, tls));
+        let connecting =
+            tokio::time::timeout(HANDSHAKE, sieve::connect(uri.clone(), properties, tls, self.budget.clone()));
         let connection = match connecting.await {
             Ok(connected) => connected.map_err(|error| refusal(uri, &error, &card))?,
             Err(_) => {

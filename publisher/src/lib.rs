@@ -4,6 +4,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod broker;
+pub mod budget;
 pub mod codec;
 pub mod declare;
 pub mod lines;

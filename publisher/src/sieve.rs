@@ -7,6 +7,7 @@
 //! value of bytes. The payload is never touched.
 //!
 //! TLS is done here too, for the library's own would trust the system's issuers beside the one that is asked for.
+use crate::budget::Budget;
 use async_rs::traits::Reactor;
 use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio};
@@ -36,6 +37,7 @@ pub(crate) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
     tls: Option<ClientConfig>,
+    budget: Option<Arc<Budget>>,
 ) -> lapin::Result<Connection> {
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Sieving(tokio.clone())));
@@ -56,7 +58,8 @@ pub(crate) async fn connect(
             }
             _ => return Err(io::Error::other("TLS where the URL asks for it, and nowhere else").into()),
         };
-        Ok(AsyncTcpStream::Plain(Sieve::new(stream)))
+        let gate = budget.clone().map(|budget| Gate { budget, tokio: tokio.clone(), beat: None, pending: 0 });
+        Ok(AsyncTcpStream::Plain(Sieve { gate, ..Sieve::new(stream) }))
     };
     Connection::connector(uri, runtime, connect, properties).await
 }
@@ -104,6 +107,42 @@ const DEPTH: usize = 128;
 /// A control frame beyond this is passed on as it is: the library refuses what exceeds the negotiated size.
 const FRAME: usize = 16 << 20;
 
+/// A heartbeat of the broker's.
+const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
+/// How often the library hears one while nothing is read: it would take the silence for the end of the connection.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Lets nothing through while a budget is used up. The broker's own bytes wait in the connection meanwhile, its heartbeats
+/// with them: the library is given others, and gives the broker its own.
+struct Gate {
+    budget: Arc<Budget>,
+    tokio: Tokio,
+    /// Until the next heartbeat.
+    beat: Option<Pin<Box<<Tokio as Reactor>::Sleep>>>,
+    /// Bytes of a heartbeat that are still to be given.
+    pending: usize,
+}
+
+impl Gate {
+    /// Bytes to give instead of the broker's; none where those may come.
+    fn poll(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<Option<usize>> {
+        while self.pending == 0 {
+            if self.budget.has_room(cx.waker()) {
+                self.beat = None;
+                return Poll::Ready(None);
+            }
+            let beat = self.beat.get_or_insert_with(|| Box::pin(self.tokio.sleep(BEAT)));
+            ready!(beat.as_mut().poll(cx));
+            (self.beat, self.pending) = (None, HEARTBEAT.len());
+        }
+        let rest = &HEARTBEAT[HEARTBEAT.len() - self.pending..];
+        let n = into.len().min(rest.len());
+        into[..n].copy_from_slice(&rest[..n]);
+        self.pending -= n;
+        Poll::Ready(Some(n))
+    }
+}
+
 /// A stream whose incoming frames are mended.
 struct Sieve<S> {
     inner: S,
@@ -117,11 +156,13 @@ struct Sieve<S> {
     clean: usize,
     /// Bytes of a payload that are still to come.
     passing: usize,
+    /// Bounds what is held of what was read.
+    gate: Option<Gate>,
 }
 
 impl<S> Sieve<S> {
     fn new(inner: S) -> Self {
-        Self { inner, bytes: Vec::new(), end: 0, taken: 0, clean: 0, passing: 0 }
+        Self { inner, bytes: Vec::new(), end: 0, taken: 0, clean: 0, passing: 0, gate: None }
     }
 
     /// Mends what is there as far as it is whole.
@@ -162,6 +203,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         while this.taken == this.clean {
+            // Only between two frames.
+            if this.passing == 0
+                && let Some(gate) = &mut this.gate
+                && let Some(n) = ready!(gate.poll(cx, into))
+            {
+                return Poll::Ready(Ok(n));
+            }
             this.bytes.copy_within(this.taken..this.end, 0);
             this.end -= this.taken;
             (this.taken, this.clean) = (0, 0);

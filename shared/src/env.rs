@@ -82,6 +82,7 @@ pub const VARIABLES: &[Variable] = &[
     secret(both("WARREN_PAYLOAD_KEYS", "", "AES-256 keys for the events' data, id:base64 by comma or line: the first seals what is published, all open; 'plain' first: nothing is sealed")),
     secret(worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file for one machine, postgres://user:password@host/database?sslmode=… for a fleet")),
     worker("WARREN_DATABASE_CONNECTIONS", "8", "connections for handlers inside the store's transaction (PostgreSQL), at most; the store itself takes up to 4 more"),
+    worker("WARREN_MEMORY", "", "bytes of event bodies that a worker holds at most, and as many of what is on its way out; nothing: an eighth of the container's memory, or of the machine's"),
     worker("WARREN_POOL", "default", "the pool of workers; part of every queue's name"),
     worker("WARREN_CONFIG", "", "YAML file with the routes"),
     worker("WARREN_ROUTES", "", "the same YAML inline; only one of the two may be set"),
@@ -189,6 +190,8 @@ pub struct Settings {
     pub publish_timeout: Duration,
     pub limits: Limits,
     pub payload_keys: PayloadKeys,
+    /// Bytes of bodies; none: a share of what there is.
+    pub memory: Option<usize>,
     pub database: Database,
     pub database_connections: usize,
     pub pool: String,
@@ -256,6 +259,8 @@ impl Read<'_> {
         let publish_timeout = self.get("WARREN_PUBLISH_TIMEOUT", duration);
         let body = self.get("WARREN_BODY_LIMIT", |v| number(v, 1, 512 << 20));
         let depth = self.get("WARREN_JSON_DEPTH", |v| number(v, 1, crate::json::MAX_DEPTH));
+        let memory =
+            self.get("WARREN_MEMORY", |v| if v.is_empty() { Ok(None) } else { number(v, 1 << 20, 1 << 40).map(Some) });
         let payload_keys = self.get("WARREN_PAYLOAD_KEYS", PayloadKeys::parse);
         let file = self.file("DATABASE_URL");
         let database = self.get("DATABASE_URL", |v| database(v, file));
@@ -295,6 +300,7 @@ impl Read<'_> {
             publish_timeout: publish_timeout?,
             limits: Limits { body: body?, depth: depth? },
             payload_keys: payload_keys?,
+            memory: memory?,
             database: database?,
             database_connections: database_connections?,
             pool: pool?,

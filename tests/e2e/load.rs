@@ -187,3 +187,41 @@ async fn a_slow_dependency_makes_the_worker_take_less_and_hoard_nothing() -> any
     ensure!(ledger.adds_up(), "{ledger}{}", lab.logs());
     fleet.stop(&lab).await
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_bodies_are_held_within_the_memory_that_there_is() -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    let memory = (32 * MIB).to_string();
+    let more = [("WARREN_MEMORY", memory.as_str()), ("WARREN_CONCURRENCY", "8"), ("WARREN_PARTITIONS", "8")];
+    let mut lab = lab("load-large", &more).await?;
+    // The broker's bytes wait for longer than a connection may be silent.
+    lab.set("AMQP_URL", &format!("{}?heartbeat=2", lab.url()));
+    let count = length(300, 1500);
+    let mut ids = Vec::new();
+    for from in (0..count).step_by(50) {
+        let large = |n: usize| {
+            event(
+                &format!("e{n}"),
+                "order.placed",
+                &format!("k{n}"),
+                json!({"sleep": 0.4, "fill": "x".repeat(1 << 20)}),
+            )
+        };
+        ids.extend(lab.send(&(from..from + 50).map(large).collect::<Vec<_>>()).await?);
+    }
+    let mut fleet = Fleet::default();
+    let name = fleet.start(&lab)?;
+    let pid = fleet.workers[&name].pid().context("it runs")?;
+    lab.settled(count, PATIENCE).await?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    let peak = peak.trim().trim_end_matches(" kB").parse::<u64>()? * 1024;
+    println!("{count} bodies of 1 MiB, {} of them prefetched: at most {} MiB were in use", 8 * 200, peak / MIB);
+    // Less than all bodies, of each of which there is a copy while it runs, and the program itself.
+    ensure!(peak < 240 * MIB, "{} MiB", peak / MIB);
+    let log = fleet.workers[&name].log();
+    ensure!(!log.contains("subscribing again") && !log.contains("connection lost"), "{log}");
+    let ledger = lab.tally(&ids, PATIENCE).await?;
+    ensure!(ledger.adds_up(), "{ledger}{}", lab.logs());
+    fleet.stop(&lab).await
+}

@@ -55,6 +55,8 @@ pub(crate) struct Job {
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
+    /// Bytes of what its handler returned.
+    pub(crate) weight: usize,
     /// How often the broker refused its copy.
     pub(crate) refusals: u32,
     /// Why it may be acked.
@@ -144,6 +146,7 @@ impl Job {
             kept: None,
             recorded: None,
             error: String::new(),
+            weight: 0,
             refusals: 0,
             proof: None,
             abort: None,

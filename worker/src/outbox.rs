@@ -34,8 +34,6 @@ const TURN: usize = 64;
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 /// How often it is said that rows wait: each key is tried for itself.
 const QUIET: Duration = Duration::from_secs(10);
-/// Bytes of rows that wait for their destination; beyond this nothing more is taken.
-const HELD: usize = 64 << 20;
 /// What a row weighs beside its body.
 const ROW: usize = 512;
 /// Why an outgoing message is dead-lettered.
@@ -51,8 +49,9 @@ pub struct Outbox {
 /// What both sides know.
 #[derive(Debug, Default)]
 struct Shared {
-    /// Rows that are not forgotten yet.
+    /// Rows that are not forgotten yet, and what they weigh.
     pending: AtomicUsize,
+    bytes: AtomicUsize,
     pushes: Mutex<Pushes>,
     held: Mutex<Held>,
 }
@@ -71,7 +70,6 @@ struct Pushes {
 struct Held {
     rows: usize,
     keys: usize,
-    bytes: usize,
     /// Where to, and what the broker said last.
     why: String,
 }
@@ -112,6 +110,7 @@ impl Outbox {
         let push = (pushes.rows, Instant::now());
         pushes.at.push_back(push);
         self.shared.pending.fetch_add(rows.len(), Ordering::AcqRel);
+        self.shared.bytes.fetch_add(rows.iter().map(weight).sum(), Ordering::AcqRel);
         drop(pushes);
         // The relay ends only when all handles are gone.
         let _ = self.orders.send(Order::Publish(rows));
@@ -148,10 +147,9 @@ impl Outbox {
         lock(&self.shared.held).rows
     }
 
-    /// How many rows more than these would be too many; what waits for a destination counts only once it fills the memory.
-    pub(crate) fn is_over(&self, backlog: usize) -> bool {
-        let held = lock(&self.shared.held);
-        self.pending().saturating_sub(held.rows) > backlog || held.bytes > HELD
+    /// Whether there are more rows than these, without those that wait for a destination which refuses; or more bytes, of all.
+    pub(crate) fn is_over(&self, rows: usize, bytes: usize) -> bool {
+        self.pending().saturating_sub(self.held()) > rows || self.shared.bytes.load(Ordering::Acquire) > bytes
     }
 
     /// What waits and why, for a person.
@@ -231,7 +229,7 @@ struct Relay {
     flying: usize,
     under_way: FuturesUnordered<BoxFuture<'static, News>>,
     /// Confirmed rows that the store is not told of yet, and those that it is being told of.
-    sent: Vec<(i64, Arc<str>)>,
+    sent: Vec<Row>,
     forgetting: Option<Forgetting>,
     /// Who waits for a partition's last row.
     waiting: Vec<(Arc<str>, oneshot::Sender<()>)>,
@@ -306,9 +304,7 @@ impl Relay {
             }
             Entry::Occupied(mut occupied) => {
                 if occupied.get().pause.is_some() {
-                    let mut held = lock(&self.shared.held);
-                    held.rows += 1;
-                    held.bytes += weight(&row);
+                    lock(&self.shared.held).rows += 1;
                 }
                 occupied.get_mut().rows.push_back(row);
             }
@@ -399,7 +395,7 @@ impl Relay {
         self.release(key);
         let Entry::Occupied(mut entry) = self.keys.entry(key) else { return };
         if let Some(row) = entry.get_mut().rows.pop_front() {
-            self.sent.push((row.id, row.partition));
+            self.sent.push(row);
         }
         if entry.get().rows.is_empty() {
             entry.remove();
@@ -416,7 +412,6 @@ impl Relay {
         if pause.replace(again).is_none() {
             held.keys += 1;
             held.rows += rows.len();
-            held.bytes += rows.iter().map(weight).sum::<usize>();
         }
         self.held.insert((Instant::now() + again, key));
         if let Some(row) = rows.front() {
@@ -441,7 +436,6 @@ impl Relay {
             let mut held = lock(&self.shared.held);
             held.keys -= 1;
             held.rows -= rows.len();
-            held.bytes -= rows.iter().map(weight).sum::<usize>();
         }
     }
 
@@ -513,6 +507,7 @@ impl Relay {
             // Under the same id: the row is forgotten with the first of the two, and made anew by neither.
             rows.insert(1, Row { message: answer, ..row });
             self.shared.pending.fetch_add(1, Ordering::AcqRel);
+            self.shared.bytes.fetch_add(weight(&rows[1]), Ordering::AcqRel);
         }
         self.replace(key, letter);
     }
@@ -537,7 +532,10 @@ impl Relay {
     fn replace(&mut self, key: u64, message: Message) {
         self.release(key);
         if let Some(row) = self.keys.get_mut(&key).and_then(|key| key.rows.front_mut()) {
+            let before = weight(row);
             row.message = message;
+            // The difference may be negative: the sum wraps, and comes out right.
+            self.shared.bytes.fetch_add(weight(row).wrapping_sub(before), Ordering::AcqRel);
             self.ready.push_front(key);
         }
     }
@@ -547,12 +545,15 @@ impl Relay {
         if self.sent.is_empty() || self.forgetting.is_some() {
             return;
         }
-        let (ids, partitions) = std::mem::take(&mut self.sent).into_iter().unzip::<i64, Arc<str>, Vec<_>, _>();
+        let sent = std::mem::take(&mut self.sent);
+        let bytes: usize = sent.iter().map(weight).sum();
+        let (ids, partitions) = sent.into_iter().map(|row| (row.id, row.partition)).unzip::<_, _, Vec<i64>, Vec<_>>();
         let (store, shared) = (self.parts.store.clone(), self.shared.clone());
         let done = tokio::spawn(async move {
             let told = repeated(|| store.sent(ids.clone()), "published rows cannot be forgotten yet").await;
             fault::point("outbox-marked");
             shared.pending.fetch_sub(ids.len(), Ordering::AcqRel);
+            shared.bytes.fetch_sub(bytes, Ordering::AcqRel);
             told
         });
         self.forgetting = Some(Forgetting { partitions, done });
@@ -561,7 +562,7 @@ impl Relay {
     fn tell(&mut self) {
         for (partition, tell) in std::mem::take(&mut self.waiting) {
             let forgetting = self.forgetting.iter().flat_map(|forgetting| &forgetting.partitions);
-            let sent = self.sent.iter().map(|(_, partition)| partition);
+            let sent = self.sent.iter().map(|row| &row.partition);
             let flowing = self.keys.values().filter(|key| !key.rests()).flat_map(|key| &key.rows);
             let mut left = flowing.map(|row| &row.partition).chain(sent).chain(forgetting);
             if left.any(|other| *other == partition) {
@@ -574,14 +575,14 @@ impl Relay {
 
     /// What of a partition waits for its destination is left to the next owner.
     fn leave(&mut self, partition: &Arc<str>, tell: oneshot::Sender<()>) {
-        let mut ids = Vec::new();
+        let (mut ids, mut bytes) = (Vec::new(), 0);
         let mut held = lock(&self.shared.held);
         self.keys.retain(|_, key| {
             let before = key.rows.len();
             key.rows.retain(|row| {
                 let stays = row.partition != *partition;
                 if !stays {
-                    held.bytes -= weight(row);
+                    bytes += weight(row);
                     ids.push(row.id);
                 }
                 stays
@@ -601,6 +602,7 @@ impl Relay {
             "outgoing messages that wait are left to the partition's next owner"
         );
         self.shared.pending.fetch_sub(ids.len(), Ordering::AcqRel);
+        self.shared.bytes.fetch_sub(bytes, Ordering::AcqRel);
         let store = self.parts.store.clone();
         tokio::spawn(async move {
             repeated(|| store.leave(ids.clone()), "outgoing messages cannot be left to the next owner yet").await;

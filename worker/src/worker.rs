@@ -6,6 +6,7 @@ use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
 use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Rust};
 use crate::job::House;
 use crate::load::Gauges;
+use crate::memory;
 use crate::metrics::{self, names};
 use crate::outbox::{self, Outbox};
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
+use warren_publisher::budget::Budget;
 use warren_publisher::declare::{self};
 use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
@@ -247,8 +249,16 @@ impl Worker {
         let seal = Seal::new(&settings.payload_keys);
         let options = Options { timeout: settings.publish_timeout, seal: seal.clone(), ..Options::default() };
         let publisher = Publisher::start(broker.clone(), link, options);
-        let subscriptions =
-            Subscriptions::new(broker.clone(), &topology, settings.declare, settings.prefetch, settings.limits, seal);
+        let memory = settings.memory.unwrap_or_else(memory::share);
+        let subscriptions = Subscriptions::new(
+            broker.clone(),
+            &topology,
+            settings.declare,
+            settings.prefetch,
+            Budget::new(memory),
+            settings.limits,
+            seal,
+        );
         let outbox = Outbox::start(outbox::Parts {
             store: store.clone(),
             publisher: publisher.clone(),
@@ -324,6 +334,7 @@ impl Worker {
                 limits: settings.limits,
             },
             concurrency: settings.concurrency,
+            memory,
             owned: settings.order == Order::Key,
             store: store.clone(),
             publisher: publisher.clone(),

@@ -4,8 +4,10 @@ use super::{News, Place};
 use crate::outbox::Outbox;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use warren_publisher::budget::Budget;
 use warren_publisher::declare::{self, DeclareError, Depth};
 use warren_publisher::{Broker, Link, Seal};
 use warren_shared::env::Declare;
@@ -26,6 +28,8 @@ pub struct Subscriptions {
     declare: Declare,
     declaring: tokio::sync::Mutex<()>,
     pub(super) prefetch: u16,
+    /// For the bodies that are held.
+    pub(super) budget: Arc<Budget>,
     pub(super) limits: Limits,
     pub(super) seal: Seal,
     pub(super) consuming: AtomicUsize,
@@ -46,16 +50,18 @@ impl Subscriptions {
         topology: &Topology,
         declare: Declare,
         prefetch: u16,
+        budget: Arc<Budget>,
         limits: Limits,
         seal: Seal,
     ) -> Arc<Self> {
         Arc::new(Self {
-            broker,
+            broker: broker.within(budget.clone()),
             links: tokio::sync::Mutex::default(),
             declarations: topology.declarations(),
             declare,
             declaring: tokio::sync::Mutex::new(()),
             prefetch,
+            budget,
             limits,
             seal,
             consuming: AtomicUsize::new(0),
@@ -70,6 +76,18 @@ impl Subscriptions {
     #[must_use]
     pub fn consuming(&self) -> usize {
         self.consuming.load(Ordering::Relaxed)
+    }
+
+    /// The broker's answer; none where it does not come in time. While the budget is used up nothing is read, the answer neither.
+    pub(super) async fn answer<T>(&self, patience: Duration, asked: impl Future<Output = T>) -> Option<T> {
+        let mut asked = std::pin::pin!(asked);
+        loop {
+            match tokio::time::timeout(patience, &mut asked).await {
+                Ok(answer) => return Some(answer),
+                Err(_) if self.budget.is_full() => {}
+                Err(_) => return None,
+            }
+        }
     }
 
     pub(super) fn prove(&self) {

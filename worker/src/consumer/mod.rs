@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use warren_publisher::Confirmed;
+use warren_publisher::budget::Share;
 use warren_shared::acks::Ledger;
 use warren_shared::{Incoming, Message, Unreadable};
 
@@ -51,6 +52,8 @@ pub struct Place {
 pub struct Ticket {
     epoch: Arc<Epoch>,
     tag: u64,
+    /// Of the memory for what is held.
+    _share: Share,
 }
 
 impl Ticket {

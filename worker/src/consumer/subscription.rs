@@ -225,15 +225,15 @@ impl Subscription {
             let consumer = channel.basic_consume(queue, "".into(), options, FieldTable::default()).await?;
             Ok::<_, Error>((channel, consumer, stamp))
         };
-        match tokio::time::timeout(2 * ANSWER, opened).await {
-            Err(_) => {
+        match self.shared.answer(2 * ANSWER, opened).await {
+            None => {
                 // Whoever else uses it waits in vain, too.
                 link.give_up();
                 link.close().await;
                 Err(Failed::Why("the broker does not answer".into()))
             }
-            Ok(Ok((channel, consumer, stamp))) => Ok(Opened { link, channel, consumer, stamp }),
-            Ok(Err(error)) => match error.kind() {
+            Some(Ok((channel, consumer, stamp))) => Ok(Opened { link, channel, consumer, stamp }),
+            Some(Err(error)) => match error.kind() {
                 ErrorKind::ProtocolError(amqp) if *amqp.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
                     Err(Failed::QueueMissing)
                 }
@@ -321,17 +321,19 @@ impl Subscription {
     /// that the broker has forgotten.
     async fn listen(&self, channel: &Channel, epoch: &Epoch, ear: &mut Ear, want: Want) -> Result<bool, String> {
         let received = epoch.received();
-        let idle = std::mem::replace(&mut ear.received, received) == received && epoch.unacked() == 0;
+        // Whether it is that nothing comes, or that nothing is read.
+        let full = self.shared.budget.is_full();
+        let idle = std::mem::replace(&mut ear.received, received) == received && epoch.unacked() == 0 && !full;
         if !idle {
             ear.waiting = 0;
             return Ok(true);
         }
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let asked = channel.queue_declare((&*self.place.queue).into(), options, FieldTable::default());
-        let ready = match tokio::time::timeout(ANSWER, asked).await {
-            Ok(Ok(queue)) => queue.message_count(),
-            Ok(Err(error)) => return Err(describe(&error)),
-            Err(_) => return Err("the broker does not answer".into()),
+        let ready = match self.shared.answer(ANSWER, asked).await {
+            Some(Ok(queue)) => queue.message_count(),
+            Some(Err(error)) => return Err(describe(&error)),
+            None => return Err("the broker does not answer".into()),
         };
         if ready == 0 {
             self.shared.prove();
@@ -391,13 +393,14 @@ impl Subscription {
         epoch.tickets.fetch_add(deliveries.len(), Ordering::AcqRel);
         let arrival = |delivery: Delivery| {
             let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
+            let _share = self.shared.budget.take(delivery.data.len());
             let fresh_id = || uuid::Uuid::new_v4().to_string();
             let Subscriptions { seal, limits, .. } = &*self.shared;
             let content = seal
                 .open(codec::envelope(&delivery), &delivery.data, *limits, fresh_id)
                 .map_err(|why| Box::new((codec::read(delivery), why)));
             let born = content.as_ref().ok().and_then(|incoming| happened(&incoming.event));
-            Arrival { ticket: Ticket { epoch: epoch.clone(), tag }, redelivered, content, born }
+            Arrival { ticket: Ticket { epoch: epoch.clone(), tag, _share }, redelivered, content, born }
         };
         let arrivals: Vec<Arrival> = deliveries.into_iter().map(arrival).collect();
         let now = || jiff::Timestamp::now().as_millisecond();

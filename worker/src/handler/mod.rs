@@ -121,6 +121,13 @@ impl Reply {
         Self { looked_on: true, ..Self::default() }
     }
 
+    /// Bytes of the bodies in it.
+    pub(crate) fn weight(&self) -> usize {
+        let bodies = self.emit.iter().chain(self.later.iter().map(|(_, event)| event));
+        let sent: usize = bodies.filter_map(|event| Some(event.data()?.as_bytes().len())).sum();
+        sent + self.change.as_ref().map_or(0, |change| change.state.body.len())
+    }
+
     /// The same with a result: what a process gets as the answer of its step.
     #[must_use]
     pub fn result(mut self, result: serde_json::Value) -> Self {

@@ -89,6 +89,8 @@ pub(crate) struct Parts {
     pub(crate) house: House,
     pub(crate) context: Context,
     pub(crate) concurrency: usize,
+    /// Bytes of what is on its way out, after which nothing more begins.
+    pub(crate) memory: usize,
     /// Whether each partition has one owner, who relays what its last owner left.
     pub(crate) owned: bool,
     pub(crate) store: Arc<dyn Store>,
@@ -126,6 +128,8 @@ pub(crate) struct Pipeline {
     stations: [Queue; STATIONS.len()],
     /// Copies at the publisher: each is settled by itself, so more may follow before all are.
     publishing: usize,
+    /// Bytes of what handlers returned and the store has not recorded.
+    replies: usize,
     /// When it was said last that copies are refused.
     said: Option<Instant>,
     /// Taken from the schedule, and asked for in the store or waiting for a place.
@@ -183,6 +187,7 @@ pub(crate) fn start(parts: Parts) -> Running {
         hasher: RandomState::new(),
         stations: Default::default(),
         publishing: 0,
+        replies: 0,
         said: None,
         ahead: 0,
         ready: VecDeque::new(),
@@ -357,6 +362,7 @@ impl Pipeline {
     fn remove(&mut self, id: Id) -> Option<Job> {
         let job = self.jobs.remove(&id)?;
         self.tide.left(job.since);
+        self.replies -= job.weight;
         self.moved(job.place(), Place::Elsewhere);
         if job.holds_place() {
             self.places.leave(job.route());
@@ -382,7 +388,8 @@ impl Pipeline {
 
     fn take(&mut self) {
         let room = BACKLOG.saturating_sub(self.station(Station::Commit).waiting.len());
-        if self.draining || !self.alone.is_empty() || self.solo.is_some() || self.parts.outbox.is_over(room) {
+        let over = self.replies > self.parts.memory || self.parts.outbox.is_over(room, self.parts.memory);
+        if self.draining || !self.alone.is_empty() || self.solo.is_some() || over {
             return;
         }
         let most = (2 * self.pace).min(AHEAD).max(self.parts.concurrency);

@@ -108,6 +108,8 @@ impl Pipeline {
         let failed = |failure| Fact::Failed { failure, chance: chance() };
         let fact = match outcome {
             handler::Outcome::Done(reply) => {
+                self.replies = self.replies - job.weight + reply.weight();
+                job.weight = reply.weight();
                 job.reply = reply;
                 Fact::Succeeded
             }
