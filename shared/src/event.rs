@@ -469,6 +469,14 @@ fn attribute(name: &str, problem: &str) -> Unreadable {
 /// What stands for a byte that was not UTF-8: a text that holds it is not the text that was meant.
 const SUBSTITUTE: char = '\u{1a}';
 
+/// Checks a text that is to be the key of an event.
+///
+/// # Errors
+/// It is empty, too long, or holds control characters.
+pub fn check_key(key: &str) -> Result<(), Unreadable> {
+    text("partitionkey", key, SHORT)
+}
+
 /// Neither empty, nor too long for its place, nor able to forge a log line.
 fn text(name: &str, value: &str, max: usize) -> Result<(), Unreadable> {
     if value.is_empty() {

@@ -16,6 +16,7 @@ pub mod gather;
 pub mod json;
 pub mod lane;
 pub mod load;
+pub mod number;
 pub mod pattern;
 pub mod process;
 pub mod retry;

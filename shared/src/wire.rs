@@ -298,7 +298,7 @@ impl Event {
                 Some(Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?))
             }
             Some(_) => Some(Data::Bytes(body.to_vec())),
-            None => match (body.trim_ascii_start().first(), json::check(body, limits.depth)) {
+            None => match (json::without_bom(body).trim_ascii_start().first(), json::check(body, limits.depth)) {
                 (_, Ok(raw)) => Some(Data::Json(raw)),
                 (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
                 _ => match utf8() {

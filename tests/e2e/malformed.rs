@@ -380,7 +380,7 @@ async fn send_refuses_lines_that_are_no_events_and_accounts_for_each() -> anyhow
     let of = |name: &str| account[name].as_u64().unwrap_or_default();
     ensure!(of("read") == all as u64 && of("confirmed") == 1 && of("unknown") == 0, "{account}\n{stderr}");
     ensure!(of("refused") == refused.len() as u64, "{account}\n{stderr}");
-    ensure!(stderr.contains("line 2: the body is not valid JSON at line 1"), "{stderr}");
+    ensure!(stderr.contains("line 2: the body is not valid JSON at line 2, column"), "{stderr}");
     ensure!(stderr.contains("(--rejects FILE") || stderr.contains("more lines are refused"), "{stderr}");
 
     let text = std::fs::read_to_string(rejects)?;
