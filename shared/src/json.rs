@@ -98,6 +98,40 @@ impl From<Box<RawValue>> for Json {
 /// serde_json gives up at 128 levels; a configured limit stays below it.
 pub const MAX_DEPTH: usize = 120;
 
+/// What can be seen of an object's members with these names, by their place in the names, up to where the text is no
+/// JSON object any more; and what is wrong there.
+#[must_use]
+pub fn glimpse<'a>(text: &'a [u8], names: &[&str]) -> (Vec<(usize, &'a RawValue)>, Option<serde_json::Error>) {
+    let mut seen = Vec::new();
+    let mut parser = serde_json::Deserializer::from_slice(text);
+    let broken = parser.deserialize_map(Glimpse { names, seen: &mut seen }).and_then(|()| parser.end()).err();
+    (seen, broken)
+}
+
+struct Glimpse<'n, 'a> {
+    names: &'n [&'n str],
+    seen: &'n mut Vec<(usize, &'a RawValue)>,
+}
+
+impl<'de> Visitor<'de> for Glimpse<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(Name(name)) = map.next_key()? {
+            match self.names.iter().position(|wanted| *wanted == name) {
+                Some(place) => self.seen.push((place, map.next_value()?)),
+                // Not read: it may hold anything, also what is not UTF-8.
+                None => _ = map.next_value::<de::IgnoredAny>()?,
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What some writers put before UTF-8. It says nothing, and no JSON text begins with it.
 const BOM: &str = "\u{feff}";
 

@@ -9,6 +9,7 @@ pub mod amqp;
 pub mod assignment;
 pub mod dead;
 pub mod delivery;
+mod encoding;
 pub mod env;
 pub mod event;
 pub mod fleet;

@@ -1,11 +1,10 @@
 //! The lines that Warren and a program exchange: one JSON object each, in both directions.
 use super::{Call, Outcome, Reply};
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::time::Duration;
-use warren_shared::json::without_bom;
+use warren_shared::json::{glimpse, without_bom};
 use warren_shared::{Event, Identity, env};
 
 /// A program's words are cut here: a dead letter's header takes no more.
@@ -55,16 +54,6 @@ pub(super) enum Named {
 #[derive(Debug)]
 pub(super) struct NoAnswer;
 
-/// What can be seen of a line that is no right answer, up to where it is no JSON any more.
-#[derive(Default)]
-struct Glimpse<'a> {
-    id: Option<&'a RawValue>,
-    source: Option<&'a RawValue>,
-    has_status: bool,
-    /// It says two ids, or two sources.
-    ambiguous: bool,
-}
-
 /// What is said about the event stays unparsed until the event is known: its limits apply.
 #[derive(Deserialize)]
 struct Said<'a> {
@@ -101,12 +90,18 @@ impl<'a> Answer<'a> {
 
     /// Reads a line that is no right answer: the event that it names, and what is wrong with it.
     fn wrong(line: &'a [u8], error: &serde_json::Error) -> Result<Self, NoAnswer> {
-        let (seen, broken) = Glimpse::of(line);
-        let id = seen.id.filter(|_| !seen.ambiguous).and_then(word).ok_or(NoAnswer)?;
-        let named = match seen.source.and_then(word) {
-            Some(source) => Named::Event(Identity::of(&source, &id)),
+        let (seen, broken) = glimpse(line, &["id", "source", "status"]);
+        let all = |place: usize| seen.iter().filter(move |(found, _)| *found == place).map(|(_, raw)| *raw);
+        let (id, source) = (all(0).next(), all(1).next());
+        // Two ids name nobody.
+        if all(0).count() > 1 || all(1).count() > 1 {
+            return Err(NoAnswer);
+        }
+        let word_id = id.and_then(word).ok_or(NoAnswer)?;
+        let named = match source.and_then(word) {
+            Some(source) => Named::Event(Identity::of(&source, &word_id)),
             // Lines of a log are JSON, too, and may have an id.
-            None if broken.is_some() || seen.has_status => Named::Id(id),
+            None if broken.is_some() || all(2).next().is_some() => Named::Id(word_id),
             None => return Err(NoAnswer),
         };
         let column = |raw: &RawValue| raw.get().as_ptr() as usize - line.as_ptr() as usize + 1;
@@ -117,7 +112,7 @@ impl<'a> Answer<'a> {
         };
         let not_json = broken.map(|error| format!("it is not valid JSON at column {}", error.column()));
         let not_text = str::from_utf8(line).err().map(|e| format!("it is not UTF-8 (column {})", e.valid_up_to() + 1));
-        let wrong = not_json.or(not_text).or_else(|| no_text("id", seen.id)).or_else(|| no_text("source", seen.source));
+        let wrong = not_json.or(not_text).or_else(|| no_text("id", id)).or_else(|| no_text("source", source));
         let wrong = wrong.unwrap_or_else(|| format!("it has a member twice (column {})", error.column()));
         Ok(Self { named, said: Err(wrong) })
     }
@@ -127,39 +122,6 @@ impl<'a> Answer<'a> {
     pub(super) fn outcome(self, call: &Call) -> Outcome {
         let outcome = self.said.and_then(|said| said.outcome(call));
         outcome.unwrap_or_else(|error| Outcome::Dead { error: format!("the program's answer is wrong: {error}") })
-    }
-}
-
-impl<'a> Glimpse<'a> {
-    fn of(line: &'a [u8]) -> (Self, Option<serde_json::Error>) {
-        let mut seen = Self::default();
-        let mut parser = serde_json::Deserializer::from_slice(line);
-        let broken = parser.deserialize_map(&mut seen).and_then(|()| parser.end()).err();
-        (seen, broken)
-    }
-}
-
-impl<'de> Visitor<'de> for &mut Glimpse<'de> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(name) = map.next_key::<Cow<'_, str>>()? {
-            let place = match &*name {
-                "id" => &mut self.id,
-                "source" => &mut self.source,
-                name => {
-                    self.has_status |= name == "status";
-                    map.next_value::<IgnoredAny>()?;
-                    continue;
-                }
-            };
-            self.ambiguous |= place.replace(map.next_value()?).is_some();
-        }
-        Ok(())
     }
 }
 
@@ -348,7 +310,7 @@ mod tests {
             (b"{\"id\":\"1\",\"source\":\"s\"} {}", event(), "not valid JSON at column 25"),
             (b"{\"id\":1,\"source\":\"s\",\"status\":\"done\"}", event(), "'id' is not a string (column 7)"),
             (b"{\"id\":1,\"source\":\"s\",\"result\":NaN}", event(), "not valid JSON at column 3"),
-            (b"{\"id\":\"1\",\"source\":\"s\",\"result\":\"\xff\"}", event(), "not UTF-8 (column 35)"),
+            (b"{\"id\":\"1\",\"source\":\"s\",\"result\":\"\xff\"}", event(), "not UTF-8 (column 34)"),
             (b"{\"id\":\"1\",\"status\":\"done\"}", Named::Id("1".into()), "it has no 'source'"),
             (b"{\"id\":\"1\",\"status\":NaN}", Named::Id("1".into()), "not valid JSON at column 2"),
             (b"{\"id\":1,\"source\":null,\"status\":\"done\"}", Named::Id("1".into()), "'id' is not a string"),
