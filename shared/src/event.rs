@@ -477,7 +477,8 @@ const EPOCH: DateTime = DateTime::constant(1970, 1, 1, 0, 0, 0, 0);
 ///
 /// A time with a zone ends for jiff a day before the year 9999 does, and has nine digits behind its point at most; it also takes
 /// ISO 8601's other spellings, which other readers of the event would refuse.
-pub(crate) fn seconds_of(time: &str) -> Option<i64> {
+#[must_use]
+pub fn seconds_of(time: &str) -> Option<i64> {
     let like = |text: &str, shape: &str| {
         let fits = |(c, s): (u8, u8)| if s == b'0' { c.is_ascii_digit() } else { c.eq_ignore_ascii_case(&s) };
         text.len() == shape.len() && text.bytes().zip(shape.bytes()).all(fits)

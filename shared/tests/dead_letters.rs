@@ -139,6 +139,24 @@ fn a_message_that_is_no_event_dies_and_revives_as_it_came() {
 }
 
 #[test]
+fn an_event_keeps_the_properties_of_its_message_but_for_the_encoding_that_it_was_read_from() {
+    let foreign = |encoding: Option<&str>| {
+        let foreign = *garbage().foreign.expect("properties");
+        Some(Box::new(Foreign { content_encoding: encoding.map(Into::into), ..foreign }))
+    };
+    let gzip = vec![31, 139, 8, 0, 0, 0, 0, 0, 2, 3, 51, 4, 0, 183, 239, 220, 131, 1, 0, 0, 0];
+    for (encoding, body, kept) in
+        [(Some("gzip"), gzip, None), (Some("utf-8"), b"1".to_vec(), Some("utf-8")), (None, b"1".to_vec(), None)]
+    {
+        let event = read(&Message { foreign: foreign(encoding), body, headers: Vec::new(), ..garbage() }).event;
+        let letter = dead::of_event(&event, 0, "normal", &cause("no"), &scene(), "warren.orders.dead");
+        assert_eq!((letter.body.as_slice(), &letter.foreign), (&b"1"[..], &foreign(kept)), "{encoding:?}");
+        assert_eq!(text(&letter, "warren-dead-expiration"), Some("60000"));
+        assert_eq!(text(&letter, "warren-dead-user-id"), Some("billing"));
+    }
+}
+
+#[test]
 fn headers_that_would_not_fit_beside_the_reason_stay_behind() {
     let with = |count: usize| {
         let header = |i| (format!("h{i}"), Header::Plain("x".repeat(1000).into()));

@@ -21,6 +21,7 @@ use warren_publisher::pace::paced;
 use warren_publisher::{Link, codec};
 use warren_shared::Event;
 use warren_shared::acks::{Ack, Ledger, Span};
+use warren_shared::event::seconds_of;
 
 /// What is wanted of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -409,7 +410,10 @@ impl Subscription {
 }
 
 fn happened(event: &Event) -> Option<i64> {
-    Some(event.time()?.parse::<jiff::Timestamp>().ok()?.as_millisecond())
+    let time = event.time()?;
+    let exact = time.parse::<jiff::Timestamp>().ok().map(|time| time.as_millisecond());
+    // It reads nine digits behind the point, and not the last day of the year 9999.
+    exact.or_else(|| seconds_of(time)?.checked_mul(1000))
 }
 
 /// What the watchdog has noticed.
