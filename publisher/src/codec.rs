@@ -1,11 +1,13 @@
 //! Between AMQP's types and plain values: the only place that knows both.
 use lapin::BasicProperties;
 use lapin::message::Delivery;
+use lapin::types::generation::gen_value;
+use lapin::types::parsing::parse_value;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use warren_shared::Message;
-use warren_shared::event::Value;
+use warren_shared::event::{Value, time_of};
 use warren_shared::topology::{Argument, Arguments};
-use warren_shared::wire::Header;
+use warren_shared::wire::{Foreign, Header, Typed};
 
 /// Why a message cannot be put on the wire.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +34,8 @@ pub(crate) fn header_room(frame_max: u32) -> usize {
 
 const HEADER_LIMIT: usize = 100_000;
 const PROPERTIES: usize = 2048;
+/// A header that is nested deeper is not written again: reading it is recursive in the library. `sieve` lets none in.
+const DEEPEST: usize = 128;
 /// `delivery_mode`: on disk.
 const PERSISTENT: u8 = 2;
 
@@ -54,6 +58,13 @@ pub(crate) fn from_parts(exchange: &str, routing_key: &str, properties: &BasicPr
         .headers()
         .as_ref()
         .map(|table| table.inner().iter().map(|(name, value)| (name.as_str().to_owned(), header(value))).collect());
+    let foreign = Foreign {
+        content_encoding: text(properties.content_encoding()),
+        reply_to: text(properties.reply_to()),
+        cluster_id: text(properties.cluster_id()),
+        expiration: text(properties.expiration()),
+        user_id: text(properties.user_id()),
+    };
     Message {
         exchange: exchange.to_owned(),
         routing_key: routing_key.to_owned(),
@@ -64,6 +75,7 @@ pub(crate) fn from_parts(exchange: &str, routing_key: &str, properties: &BasicPr
         kind: text(properties.kind()),
         timestamp: *properties.timestamp(),
         priority: *properties.priority(),
+        foreign: (foreign != Foreign::default()).then(|| Box::new(foreign)),
         headers: headers.unwrap_or_default(),
         body,
     }
@@ -80,17 +92,30 @@ fn header(value: &AMQPValue) -> Header {
         AMQPValue::LongInt(i) => int((*i).into()),
         AMQPValue::LongUInt(i) => int((*i).into()),
         AMQPValue::LongLongInt(i) => int(*i),
-        AMQPValue::Timestamp(t) => i64::try_from(*t).map_or(Header::Opaque, int),
-        AMQPValue::Float(f) => Header::Plain(Value::Text(f.to_string())),
-        AMQPValue::Double(f) => Header::Plain(Value::Text(f.to_string())),
+        AMQPValue::Timestamp(t) => typed(value, time_of(*t).map(Value::Text)),
+        AMQPValue::Float(f) => typed(value, Some(Value::Text(f.to_string()))),
+        AMQPValue::Double(f) => typed(value, Some(Value::Text(f.to_string()))),
         AMQPValue::ShortString(s) => Header::Plain(Value::Text(s.as_str().to_owned())),
         AMQPValue::LongString(s) => match std::str::from_utf8(s.as_bytes()) {
             Ok(text) => Header::Plain(Value::Text(text.to_owned())),
-            Err(_) => Header::Opaque,
+            Err(_) => typed(value, None),
         },
-        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) => Header::Nested(depth(value)),
-        AMQPValue::DecimalValue(_) | AMQPValue::ByteArray(_) | AMQPValue::Void => Header::Opaque,
+        AMQPValue::ByteArray(bytes) => typed(value, Some(Value::of_bytes(bytes.as_slice()))),
+        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) | AMQPValue::DecimalValue(_) => typed(value, None),
+        AMQPValue::Void => Header::Void,
     }
+}
+
+/// A value of a type that attributes do not have, and what one makes of it.
+fn typed(value: &AMQPValue, plain: Option<Value>) -> Header {
+    let depth = depth(value);
+    let wire = if depth > DEEPEST { Vec::new() } else { wire(value) };
+    Header::Typed(Box::new(Typed { value: plain, depth, wire }))
+}
+
+/// As AMQP writes it. Writing to memory does not fail.
+fn wire(value: &AMQPValue) -> Vec<u8> {
+    gen_value(value)(Vec::new().into()).map(|written| written.into_inner().0).unwrap_or_default()
 }
 
 /// Levels of nesting, with the work list on the heap.
@@ -134,17 +159,39 @@ pub(crate) fn write(message: &Message, room: usize) -> Result<BasicProperties, U
     if let Some(priority) = message.priority {
         properties = properties.with_priority(priority);
     }
+    if let Some(foreign) = &message.foreign {
+        if let Some(text) = short("content encoding", foreign.content_encoding.as_deref())? {
+            properties = properties.with_content_encoding(text);
+        }
+        // By this very name the broker asks who consumes on the channel that publishes.
+        let reply_to = foreign.reply_to.as_deref().filter(|name| *name != "amq.rabbitmq.reply-to");
+        if let Some(text) = short("reply address", reply_to)? {
+            properties = properties.with_reply_to(text);
+        }
+        if let Some(text) = short("cluster id", foreign.cluster_id.as_deref())? {
+            properties = properties.with_cluster_id(text);
+        }
+    }
     let mut table = FieldTable::default();
     let mut size = 0;
     for (name, value) in &message.headers {
-        let Header::Plain(value) = value else { continue };
-        let name = ShortString::try_new(name.clone()).map_err(|_| Unwritable::TooLong("header's name", name.len()))?;
+        let mut length = 10;
         let value = match value {
-            Value::Bool(b) => AMQPValue::Boolean(*b),
-            Value::Int(i) => AMQPValue::LongLongInt(*i),
-            Value::Text(text) => AMQPValue::LongString(LongString::from(text.as_bytes())),
+            Header::Plain(Value::Bool(b)) => AMQPValue::Boolean(*b),
+            Header::Plain(Value::Int(i)) => AMQPValue::LongLongInt(*i),
+            Header::Plain(Value::Text(text)) => {
+                length = text.len() + 6;
+                AMQPValue::LongString(LongString::from(text.as_bytes()))
+            }
+            Header::Void => AMQPValue::Void,
+            Header::Typed(typed) => {
+                length += typed.wire.len();
+                let Ok((_, value)) = parse_value(&*typed.wire) else { continue };
+                value
+            }
         };
-        size += name.as_str().len() + if let AMQPValue::LongString(s) = &value { s.len() + 6 } else { 10 };
+        let name = ShortString::try_new(name.clone()).map_err(|_| Unwritable::TooLong("header's name", name.len()))?;
+        size += name.as_str().len() + length;
         table.insert(name, value);
     }
     if size > room {
@@ -193,7 +240,8 @@ mod tests {
                 array.push(value);
                 value = AMQPValue::FieldArray(array);
             }
-            assert_eq!(header(&value), Header::Nested(26_000));
+            let Header::Typed(typed) = header(&value) else { panic!("a list") };
+            assert_eq!((typed.depth, typed.wire.len()), (26_000, 0));
         };
         let thread = std::thread::Builder::new().stack_size(64 << 20).spawn(run).expect("spawned");
         thread.join().expect("no overflow");
@@ -218,6 +266,54 @@ mod tests {
         let mut read = from_parts("x", "order.placed", &properties, b"{}".to_vec());
         read.headers.sort_by(|a, b| b.0.cmp(&a.0));
         assert_eq!(read, message);
+    }
+
+    #[test]
+    fn headers_of_every_type_and_properties_of_no_use_leave_as_they_came() {
+        let mut inner = FieldTable::default();
+        inner.insert("deep".into(), AMQPValue::Double(1.5));
+        let mut list = FieldArray::default();
+        list.push(AMQPValue::FieldTable(inner));
+        list.push(AMQPValue::Void);
+        let mut table = FieldTable::default();
+        for (name, value) in [
+            ("flag", AMQPValue::Boolean(true)),
+            ("int", AMQPValue::LongLongInt(-7)),
+            ("text", AMQPValue::LongString("schön".into())),
+            ("latin", AMQPValue::LongString(LongString::from(b"caf\xe9".as_slice()))),
+            ("bytes", AMQPValue::ByteArray(vec![0, 255].into())),
+            ("float", AMQPValue::Float(0.1)),
+            ("double", AMQPValue::Double(12345678.9)),
+            ("decimal", AMQPValue::DecimalValue(lapin::types::DecimalValue { scale: 2, value: 1099 })),
+            ("time", AMQPValue::Timestamp(1_700_000_000)),
+            ("late", AMQPValue::Timestamp(u64::MAX)),
+            ("void", AMQPValue::Void),
+            ("list", AMQPValue::FieldArray(list)),
+        ] {
+            table.insert(name.into(), value);
+        }
+        let came = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_content_encoding("br".into())
+            .with_reply_to("answers".into())
+            .with_cluster_id("c".into())
+            .with_headers(table);
+        let acted_on = came.clone().with_expiration("1000".into()).with_user_id("guest".into());
+        let message = from_parts("x", "k", &acted_on, Vec::new());
+        assert_eq!(write(&message, HEADER_LIMIT), Ok(came.clone()), "less what the broker would act on");
+        // A store keeps it in between.
+        let stored = serde_json::to_string(&message).and_then(|text| serde_json::from_str::<Message>(&text));
+        assert_eq!(write(&stored.expect("kept"), HEADER_LIMIT), Ok(came.clone()));
+        let foreign = message.foreign.as_deref().expect("properties");
+        assert_eq!((foreign.expiration.as_deref(), foreign.user_id.as_deref()), (Some("1000"), Some("guest")));
+        for (name, value) in [("bytes", "AP8="), ("float", "0.1"), ("time", "2023-11-14T22:13:20Z")] {
+            assert_eq!(message.header(name), Some(&value.into()), "{name}");
+        }
+        for name in ["latin", "decimal", "late", "void", "list"] {
+            assert_eq!(message.header(name), None, "{name}");
+        }
+        let direct = from_parts("x", "k", &came.with_reply_to("amq.rabbitmq.reply-to".into()), Vec::new());
+        assert_eq!(write(&direct, HEADER_LIMIT).map(|properties| properties.reply_to().clone()), Ok(None));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Dead letters: what could not be handled, with the reason, in headers that a person can read.
-use crate::event::{Event, HEADERS, Value};
-use crate::wire::{Header, LANE, Message, REPLAYED};
+use crate::event::Value;
+use crate::event::{Event, HEADERS};
+use crate::wire::{Foreign, Header, LANE, Message, REPLAYED};
 
 /// Why an event died. The words in `reason` are stable: filters, metrics and runbooks rest on them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,14 +46,11 @@ pub fn of_event(event: &Event, replayed: u32, lane: &str, cause: &Cause, scene: 
     message
 }
 
-/// The dead letter of a message that is no event: as it came, less what cannot be written back.
+/// The dead letter of a message that is no event: as it came.
 #[must_use]
 pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: &str) -> Message {
     message.strip();
-    let weight = |(name, header): &(String, Header)| match header {
-        Header::Plain(Value::Text(text)) => 6 + name.len() + text.len(),
-        _ => 10 + name.len(),
-    };
+    let weight = |(name, header): &(String, Header)| name.len() + header.weight();
     if message.headers.iter().map(weight).sum::<usize>() > HEADERS {
         // The marks of its death must fit into the frame; its body stays whole.
         message.headers.clear();
@@ -79,6 +77,16 @@ pub fn revive(mut letter: Message, door: &str) -> Message {
 }
 
 fn mark(message: &mut Message, cause: &Cause, scene: &Scene) {
+    // The broker acts on these: it would drop the letter in time, or refuse it. For people they are kept all the same.
+    let foreign = message.foreign.take();
+    if let Some(Foreign { expiration, user_id, .. }) = foreign.as_deref() {
+        for (name, value) in [("warren-dead-expiration", expiration), ("warren-dead-user-id", user_id)] {
+            if let Some(value) = value {
+                message.set(name, value.as_str());
+            }
+        }
+    }
+    message.foreign = foreign;
     let mut end = cause.error.len().min(ERROR_LIMIT);
     while !cause.error.is_char_boundary(end) {
         end -= 1;

@@ -3,6 +3,10 @@
 //! Source: CloudEvents 1.0.2 with the extensions `partitionkey`, `sequence` and `traceparent`. An `Event` that exists
 //! is valid: every attribute fits where AMQP must carry it, so nothing downstream checks again.
 use crate::json::{self, Json, JsonError};
+use crate::wire::Foreign;
+use base64::Engine as _;
+use jiff::SignedDuration;
+use jiff::civil::DateTime;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -58,8 +62,14 @@ pub enum Unreadable {
     #[error("the content type '{0}' is not read: send one event a message")]
     Form(String),
     /// A header is a table or list where a plain value must be.
-    #[error("the header '{0}' is nested or of a type that no attribute has")]
+    #[error("the header '{0}' is nested, or of a type or value that no attribute has")]
     Header(String),
+    /// The body is not what its content encoding says, or in one that is not read.
+    #[error("{0}")]
+    Encoding(String),
+    /// The body is larger than the limit once it is decompressed.
+    #[error("the body has more than {0} bytes once it is decompressed, the limit is {0}")]
+    TooLargeInside(usize),
     /// The body is sealed and cannot be opened.
     #[error("the payload is sealed: {0}")]
     Sealed(String),
@@ -74,7 +84,8 @@ impl Unreadable {
             Self::Json(JsonError::TooDeep(_)) => "too-deep",
             Self::Json(JsonError::DuplicateKey { .. }) => "duplicate-key",
             Self::Json(JsonError::Syntax { .. }) => "bad-json",
-            Self::TooLarge { .. } => "too-large",
+            Self::TooLarge { .. } | Self::TooLargeInside(_) => "too-large",
+            Self::Encoding(_) => "bad-encoding",
             Self::Missing(_) => "missing-attribute",
             Self::Attribute { .. } => "bad-attribute",
             Self::SpecVersion(_) => "bad-specversion",
@@ -95,6 +106,14 @@ pub enum Value {
     Int(i64),
     /// `String` and everything written as one.
     Text(String),
+}
+
+impl Value {
+    /// Bytes, as CloudEvents writes them.
+    #[must_use]
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self::Text(base64::engine::general_purpose::STANDARD.encode(bytes))
+    }
 }
 
 impl std::fmt::Display for Value {
@@ -199,6 +218,8 @@ pub(crate) struct Attributes {
     pub(crate) data: Option<Data>,
     /// The key that its data came sealed with: copies of it leave sealed, too.
     pub(crate) sealed: Option<String>,
+    /// Properties of its message that no attribute holds: copies of it keep them.
+    pub(crate) foreign: Option<Box<Foreign>>,
 }
 
 /// AMQP short strings end here: ids, keys and types travel as such.
@@ -230,6 +251,7 @@ impl Event {
             weight: 0,
             data: None,
             sealed: None,
+            foreign: None,
         })))
     }
 
@@ -285,7 +307,7 @@ impl Event {
             "dataschema" => self.edit().schema = Some(plain(value, LONG)?),
             "time" => {
                 let time = plain(value, SHORT)?;
-                if !is_rfc3339(&time) {
+                if seconds_of(&time).is_none() {
                     return Err(attribute(name, "is not an RFC 3339 time"));
                 }
                 self.edit().time = Some(time);
@@ -449,17 +471,54 @@ pub(crate) fn is_event(content_type: &str) -> bool {
     content_type.trim_start().get(..FORM.len()).is_some_and(|start| start.eq_ignore_ascii_case(FORM))
 }
 
-/// jiff alone also takes ISO 8601's other spellings, which other readers of the event would refuse.
-fn is_rfc3339(time: &str) -> bool {
+const EPOCH: DateTime = DateTime::constant(1970, 1, 1, 0, 0, 0, 0);
+
+/// The seconds since 1970 of a time as RFC 3339 writes it; none where it is no such time.
+///
+/// A time with a zone ends for jiff a day before the year 9999 does, and has nine digits behind its point at most; it also takes
+/// ISO 8601's other spellings, which other readers of the event would refuse.
+#[must_use]
+pub fn seconds_of(time: &str) -> Option<i64> {
     let like = |text: &str, shape: &str| {
         let fits = |(c, s): (u8, u8)| if s == b'0' { c.is_ascii_digit() } else { c.eq_ignore_ascii_case(&s) };
         text.len() == shape.len() && text.bytes().zip(shape.bytes()).all(fits)
     };
-    let Some((second, rest)) = time.split_at_checked("0000-00-00T00:00:00".len()) else { return false };
-    let zone = rest.strip_prefix('.').map_or(rest, |rest| rest.trim_start_matches(|c: char| c.is_ascii_digit()));
-    like(second, "0000-00-00T00:00:00")
-        && ["Z", "+00:00", "-00:00"].iter().any(|shape| like(zone, shape))
-        && time.parse::<jiff::Timestamp>().is_ok()
+    let (second, rest) = time.split_at_checked("0000-00-00T00:00:00".len())?;
+    let zone = match rest.strip_prefix('.') {
+        None => rest,
+        Some(rest) if rest.starts_with(|c: char| c.is_ascii_digit()) => {
+            rest.trim_start_matches(|c: char| c.is_ascii_digit())
+        }
+        Some(_) => return None,
+    };
+    let number = |text: &str| text.parse::<i8>().ok();
+    let offset = match ["Z", "+00:00", "-00:00"].iter().find(|shape| like(zone, shape))? {
+        &"Z" => 0,
+        sign => {
+            let (hours, minutes) = (number(&zone[1..3])?, number(&zone[4..])?);
+            if hours > 23 || minutes > 59 {
+                return None;
+            }
+            let offset = i64::from(hours) * 3600 + i64::from(minutes) * 60;
+            if sign.starts_with('-') { -offset } else { offset }
+        }
+    };
+    if !like(second, "0000-00-00T00:00:00") {
+        return None;
+    }
+    let part = |from: usize| number(&second[from..from + 2]);
+    // A leap second is the one before it.
+    let leap = part(17)? == 60;
+    let whole = if leap { 59 } else { part(17)? };
+    let civil = DateTime::new(second[..4].parse().ok()?, part(5)?, part(8)?, part(11)?, part(14)?, whole, 0).ok()?;
+    civil.duration_since(EPOCH).as_secs().checked_sub(offset)
+}
+
+/// The time so many seconds after 1970, as RFC 3339 writes it; none beyond the year 9999.
+#[must_use]
+pub fn time_of(seconds: u64) -> Option<String> {
+    let since = SignedDuration::from_secs(i64::try_from(seconds).ok()?);
+    Some(format!("{}Z", EPOCH.checked_add(since).ok()?))
 }
 
 fn attribute(name: &str, problem: &str) -> Unreadable {
@@ -468,6 +527,14 @@ fn attribute(name: &str, problem: &str) -> Unreadable {
 
 /// What stands for a byte that was not UTF-8: a text that holds it is not the text that was meant.
 const SUBSTITUTE: char = '\u{1a}';
+
+/// Checks a text that is to be the key of an event.
+///
+/// # Errors
+/// It is empty, too long, or holds control characters.
+pub fn check_key(key: &str) -> Result<(), Unreadable> {
+    text("partitionkey", key, SHORT)
+}
 
 /// Neither empty, nor too long for its place, nor able to forge a log line.
 fn text(name: &str, value: &str, max: usize) -> Result<(), Unreadable> {

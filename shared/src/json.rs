@@ -2,7 +2,8 @@
 //!
 //! `serde_json` alone accepts duplicate keys (the last one wins, silently) and has one fixed depth.
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use std::collections::HashSet;
+use serde_json::value::RawValue;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 /// Why bytes are not a JSON text that Warren takes.
@@ -47,12 +48,100 @@ impl Json {
     pub(crate) fn part_of_checked(text: &str) -> Self {
         Self(text.into())
     }
+
+    /// The value as a Rust type. What is to keep the text of its numbers is read as [`RawValue`]: `f64`, and so
+    /// `serde_json::Value`, holds 17 digits.
+    ///
+    /// # Errors
+    /// It has another shape.
+    pub fn parse<'a, T: de::Deserialize<'a>>(&'a self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(&self.0)
+    }
+
+    /// The text of the value that a JSON pointer (RFC 6901) names, as it is written: numbers keep their digits.
+    #[must_use]
+    pub fn at(&self, pointer: &str) -> Option<&str> {
+        let mut text = self.get();
+        if pointer.is_empty() {
+            return Some(text);
+        }
+        for token in pointer.strip_prefix('/')?.split('/') {
+            text = match text.as_bytes().first() {
+                Some(b'{') => {
+                    let members: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
+                    members.get(&token.replace("~1", "/").replace("~0", "~"))?.get()
+                }
+                // A place has one spelling.
+                Some(b'[') if token == "0" || token.starts_with(|c: char| matches!(c, '1'..='9')) => {
+                    let items: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+                    items.get(token.parse::<usize>().ok()?)?.get()
+                }
+                _ => return None,
+            };
+        }
+        Some(text)
+    }
+}
+
+impl From<serde_json::Value> for Json {
+    fn from(value: serde_json::Value) -> Self {
+        Self(value.to_string().into())
+    }
+}
+
+impl From<Box<RawValue>> for Json {
+    fn from(raw: Box<RawValue>) -> Self {
+        Self(raw.get().into())
+    }
 }
 
 /// serde_json gives up at 128 levels; a configured limit stays below it.
 pub const MAX_DEPTH: usize = 120;
 
-/// Checks the whole text and returns it unparsed.
+/// What can be seen of an object's members with these names, by their place in the names, up to where the text is no
+/// JSON object any more; and what is wrong there.
+#[must_use]
+pub fn glimpse<'a>(text: &'a [u8], names: &[&str]) -> (Vec<(usize, &'a RawValue)>, Option<serde_json::Error>) {
+    let mut seen = Vec::new();
+    let mut parser = serde_json::Deserializer::from_slice(text);
+    let broken = parser.deserialize_map(Glimpse { names, seen: &mut seen }).and_then(|()| parser.end()).err();
+    (seen, broken)
+}
+
+struct Glimpse<'n, 'a> {
+    names: &'n [&'n str],
+    seen: &'n mut Vec<(usize, &'a RawValue)>,
+}
+
+impl<'de> Visitor<'de> for Glimpse<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(Name(name)) = map.next_key()? {
+            match self.names.iter().position(|wanted| *wanted == name) {
+                Some(place) => self.seen.push((place, map.next_value()?)),
+                // Not read: it may hold anything, also what is not UTF-8.
+                None => _ = map.next_value::<de::IgnoredAny>()?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What some writers put before UTF-8. It says nothing, and no JSON text begins with it.
+const BOM: &str = "\u{feff}";
+
+/// The bytes without a byte order mark before them.
+#[must_use]
+pub fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(BOM.as_bytes()).unwrap_or(bytes)
+}
+
+/// Checks the whole text and returns it unparsed, without a byte order mark.
 ///
 /// # Errors
 /// Says what is wrong and where; never quotes the text, which may be a secret.
@@ -63,6 +152,7 @@ pub fn check(bytes: &[u8], max_depth: usize) -> Result<Json, JsonError> {
 /// The same, without a copy.
 pub(crate) fn checked(bytes: &[u8], max_depth: usize) -> Result<&str, JsonError> {
     let text = std::str::from_utf8(bytes).map_err(|e| JsonError::Utf8(e.valid_up_to()))?;
+    let text = text.strip_prefix(BOM).unwrap_or(text);
     let max_depth = max_depth.min(MAX_DEPTH);
     let mut parser = serde_json::Deserializer::from_str(text);
     Strict { left: max_depth }
@@ -199,6 +289,40 @@ mod tests {
     fn takes_what_the_rfc_takes_and_leaves_it_unparsed() {
         let raw = check(b" {\"a\": [1, 2.50, null, \"x\"]} \n", 64).expect("valid");
         assert_eq!(raw.get(), "{\"a\": [1, 2.50, null, \"x\"]}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_says_nothing() {
+        assert_eq!(check("\u{feff} {\"a\":1}".as_bytes(), 64).expect("valid").get(), "{\"a\":1}");
+        assert_eq!(check(b"\xef\xbb\xbf\"\xff\"", 64), Err(JsonError::Utf8(4)), "counted from the body's beginning");
+        for text in ["\u{feff}", "\u{feff}\u{feff}1", "[\u{feff}1]"] {
+            refuses(text.as_bytes(), |e| matches!(e, JsonError::Syntax { .. }));
+        }
+    }
+
+    #[test]
+    fn a_pointer_finds_the_text_as_it_is_written() {
+        let text =
+            r#"{"a": {"b/c": [1.10, 12345678901234567890123, "x\u0041"], "m~n": -0}, "": true, "2": {"0": 1e2}}"#;
+        let json = check(text.as_bytes(), 64).expect("valid");
+        for (pointer, wanted) in [
+            ("/a/b~1c/0", Some("1.10")),
+            ("/a/b~1c/1", Some("12345678901234567890123")),
+            ("/a/b~1c/2", Some(r#""x\u0041""#)),
+            ("/a/m~0n", Some("-0")),
+            ("/2/0", Some("1e2")),
+            ("/", Some("true")),
+            ("/a/b~1c/3", None),
+            ("/a/b~1c/01", None),
+            ("/a/b~1c/+1", None),
+            ("/a/b~1c/-", None),
+            ("/a/b~1c/0/0", None),
+            ("/none", None),
+            ("a", None),
+        ] {
+            assert_eq!(json.at(pointer), wanted, "{pointer}");
+        }
+        assert_eq!(json.at(""), Some(json.get()));
     }
 
     #[test]

@@ -129,6 +129,7 @@ impl Message {
             kind: self.kind.clone(),
             timestamp: self.timestamp,
             priority: self.priority,
+            foreign: self.foreign.clone(),
             headers: self.headers.clone(),
             body: Vec::new(),
         }

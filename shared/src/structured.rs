@@ -1,6 +1,7 @@
 //! An event as one JSON object: CloudEvents' structured form, the line that `send` reads, the line that `exec` writes.
 use crate::event::{Data, Event, Limits, Unreadable, Value, excerpt};
 use crate::json::{self, Json};
+use crate::number;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -112,12 +113,29 @@ impl Event {
         let is_json = self.0.content_type.as_deref().is_none_or(is_json);
         let data = if is_json { members.get("data") } else { set("data") };
         let text = |raw| if is_json { None } else { serde_json::from_str::<String>(raw).ok() };
+        if data.is_some() {
+            self.in_utf8();
+        }
         let data = data.map(|raw| match text(raw) {
             Some(text) => Data::Text(text),
             None => Data::Json(Json::part_of_checked(raw)),
         });
         self.edit().data = data.filter(|data| !data.as_bytes().is_empty());
         Ok(())
+    }
+
+    /// Its data came inside JSON and leaves in UTF-8: a content type of text that says otherwise would make bytes of it.
+    fn in_utf8(&mut self) {
+        let Some(content_type) = self.0.content_type.as_deref().filter(|content_type| is_text(content_type)) else {
+            return;
+        };
+        let Some(place) = charset(content_type) else { return };
+        let charset = &content_type[place.clone()];
+        if !is_utf8(charset) && !is_ascii(charset) {
+            let mut changed = content_type.to_owned();
+            changed.replace_range(place, "utf-8");
+            self.edit().content_type = Some(changed);
+        }
     }
 
     /// The event as one JSON object on one line.
@@ -217,11 +235,14 @@ fn scalar(name: &str, raw: &str) -> Result<Option<Value>, Unreadable> {
     {
         return Ok(Some(Value::Text(text.into())));
     }
-    match serde_json::from_str::<serde_json::Value>(raw) {
-        Ok(serde_json::Value::Null) => Ok(None),
-        Ok(serde_json::Value::Bool(b)) => Ok(Some(Value::Bool(b))),
-        Ok(serde_json::Value::String(s)) => Ok(Some(Value::Text(s))),
-        Ok(serde_json::Value::Number(n)) => match n.as_i64() {
+    match raw.as_bytes().first() {
+        Some(b'n') => Ok(None),
+        Some(b't' | b'f') => Ok(Some(Value::Bool(raw == "true"))),
+        Some(b'"') => {
+            serde_json::from_str(raw).map(|text| Some(Value::Text(text))).map_err(|_| wrong("is not a string"))
+        }
+        // `2.0` is a whole number, too.
+        Some(b'-' | b'0'..=b'9') => match number::canonical(raw).and_then(|number| number.parse().ok()) {
             Some(int) => Ok(Some(Value::Int(int))),
             None => Err(wrong("is not a whole number of 64 bits")),
         },
@@ -236,6 +257,37 @@ pub(crate) fn is_json(content_type: &str) -> bool {
     let end = essence.len().checked_sub(SUFFIX.len()).and_then(|from| essence.get(from..));
     ["application/json", "text/json"].iter().any(|json| essence.eq_ignore_ascii_case(json))
         || end.is_some_and(|end| end.eq_ignore_ascii_case(SUFFIX))
+}
+
+/// Whether a media type means text.
+pub(crate) fn is_text(content_type: &str) -> bool {
+    content_type.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("text/"))
+}
+
+/// Where the charset of a media type stands in it.
+pub(crate) fn charset(content_type: &str) -> Option<std::ops::Range<usize>> {
+    const NAME: &str = "charset=";
+    let mut at = 0;
+    for part in content_type.split(';') {
+        let skipped = part.len() - part.trim_start().len();
+        let from = at + skipped + NAME.len();
+        at += part.len() + 1;
+        let named = part.trim_start().get(..NAME.len()).is_some_and(|name| name.eq_ignore_ascii_case(NAME));
+        if named {
+            let value = &content_type[from..at - 1];
+            let start = from + value.len() - value.trim_start_matches([' ', '"']).len();
+            return Some(start..start + value.trim_matches([' ', '"', '\t']).len());
+        }
+    }
+    None
+}
+
+pub(crate) fn is_utf8(charset: &str) -> bool {
+    ["", "utf-8", "utf8"].iter().any(|name| charset.eq_ignore_ascii_case(name))
+}
+
+pub(crate) fn is_ascii(charset: &str) -> bool {
+    ["us-ascii", "ascii"].iter().any(|name| charset.eq_ignore_ascii_case(name))
 }
 
 fn member(out: &mut String, name: &str) {

@@ -2,20 +2,48 @@
 //!
 //! Read: *binary* (attributes as headers), *structured* (the body is the whole event), *plain* (a message of a system
 //! that knows nothing of Warren). Written: binary. The AMQP library's own types stay in `publisher/src/codec.rs`.
-use crate::event::{Data, Event, Identity, Limits, Unreadable, Value, excerpt, is_event};
+use crate::encoding::{self, Coding};
+use crate::event::{Data, Event, Identity, Limits, Unreadable, Value, excerpt, is_event, seconds_of, time_of};
 use crate::json;
 use crate::seal::SEAL;
-use crate::structured::is_json;
+use crate::structured::{charset, is_ascii, is_json, is_text, is_utf8};
+use std::borrow::Cow;
 
-/// A header's value, as far as an attribute can use it.
+/// A header's value.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Header {
     /// A value that an attribute can have.
     Plain(Value),
-    /// A table or a list, this many levels deep: never an attribute, harmless while shallow.
-    Nested(usize),
-    /// Bytes that are not UTF-8, or a type that no attribute has.
-    Opaque,
+    /// AMQP's void: as good as absent.
+    Void,
+    /// A value of a type that attributes do not have.
+    Typed(Box<Typed>),
+}
+
+/// A header's value of a type that attributes do not have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Typed {
+    /// What an attribute makes of it, if anything: of a timestamp its text, of bytes Base64.
+    pub value: Option<Value>,
+    /// Levels of nesting of a table or list, harmless while it is shallow; 0 = it is none.
+    pub depth: usize,
+    /// Type and value as AMQP writes them, for it leaves as it came. Empty: it is too deep for that.
+    pub wire: Vec<u8>,
+}
+
+/// Properties of a message that Warren has no use for. They stay with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Foreign {
+    /// `content_encoding`; of a body that was decompressed it is gone.
+    pub content_encoding: Option<String>,
+    /// `reply_to`.
+    pub reply_to: Option<String>,
+    /// `cluster_id`.
+    pub cluster_id: Option<String>,
+    /// `expiration`. Never written: a dead letter must not expire.
+    pub expiration: Option<String>,
+    /// `user_id`. Never written: the broker takes nobody's but our own.
+    pub user_id: Option<String>,
 }
 
 /// An AMQP message as values. Serialised it is the envelope alone: stores keep the body beside it.
@@ -39,6 +67,9 @@ pub struct Message {
     pub timestamp: Option<u64>,
     /// `priority`.
     pub priority: Option<u8>,
+    /// The properties that Warren has no use for, where it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<Box<Foreign>>,
     /// Headers, in no order.
     pub headers: Vec<(String, Header)>,
     /// The body.
@@ -87,10 +118,23 @@ impl Message {
     /// The plain value of a header.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&Value> {
-        self.headers.iter().find_map(|(n, header)| match header {
-            Header::Plain(value) if n == name => Some(value),
-            _ => None,
-        })
+        self.headers.iter().find_map(|(n, header)| if n == name { header.value() } else { None })
+    }
+
+    /// The body without its content encoding, where that is one that is read.
+    ///
+    /// # Errors
+    /// It is not encoded so, or larger than the limit inside.
+    pub fn decoded(&self, limit: usize) -> Result<Cow<'_, [u8]>, Unreadable> {
+        self.coding().decoded(&self.body, limit)
+    }
+
+    fn encoding(&self) -> Option<&str> {
+        self.foreign.as_ref()?.content_encoding.as_deref()
+    }
+
+    fn coding(&self) -> Coding {
+        self.encoding().map_or(Coding::Plain, Coding::of)
     }
 
     /// A header that holds a whole number, not negative.
@@ -108,12 +152,10 @@ impl Message {
         self.headers.push((name.into(), Header::Plain(value.into())));
     }
 
-    /// Drops what must not travel again: the broker's own marks and what cannot be written back.
+    /// Drops what must not travel again: the broker's own marks.
     pub fn strip(&mut self) {
         const MARKS: [&str; 5] = ["x-death", "x-first-death", "x-last-death", "x-delivery-count", "x-acquired-count"];
-        self.headers.retain(|(name, header)| {
-            matches!(header, Header::Plain(_)) && !MARKS.iter().any(|mark| name.starts_with(mark))
-        });
+        self.headers.retain(|(name, _)| !MARKS.iter().any(|mark| name.starts_with(mark)));
     }
 
     /// Reads the event in it. `fresh_id` is asked only where the message brings no id.
@@ -128,7 +170,12 @@ impl Message {
     ///
     /// # Errors
     /// Says why no event can be made of it.
-    pub fn open(self, body: &[u8], limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Incoming, Unreadable> {
+    pub fn open(
+        mut self,
+        body: &[u8],
+        limits: Limits,
+        fresh_id: impl FnOnce() -> String,
+    ) -> Result<Incoming, Unreadable> {
         if body.len() > limits.body {
             return Err(Unreadable::TooLarge { size: body.len(), limit: limits.body });
         }
@@ -137,14 +184,44 @@ impl Message {
             let cure = format!("give WARREN_PAYLOAD_KEYS the key '{}', then replay", excerpt(&key));
             return Err(Unreadable::Sealed(cure));
         }
-        let deep = |(_, header): &&(String, Header)| matches!(header, Header::Nested(depth) if *depth > limits.depth);
+        let deep =
+            |(_, header): &&(String, Header)| matches!(header, Header::Typed(typed) if typed.depth > limits.depth);
         if let Some((name, _)) = self.headers.iter().find(deep) {
             return Err(Unreadable::Header(excerpt(name)));
         }
+        let coding = self.coding();
+        let body = &*coding.decoded(body, limits.body)?;
+        let foreign = self.foreign.take().map(|mut foreign| {
+            let encoding = foreign.content_encoding.take();
+            // What was decompressed is not so any more.
+            foreign.content_encoding = encoding.filter(|_| matches!(coding, Coding::Plain | Coding::Unknown));
+            foreign
+        });
         let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
         let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
         let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
         let priority = self.priority.unwrap_or(0);
+        let unknown = foreign.as_ref().filter(|_| coding == Coding::Unknown).and_then(|f| f.content_encoding.clone());
+        let (mut event, identified) = self.event(body, limits, fresh_id).map_err(|why| match &unknown {
+            Some(name) if matches!(why, Unreadable::Json(_) | Unreadable::Utf8(_)) => encoding::unknown(name, &why),
+            _ => why,
+        })?;
+        if let Some(name) = unknown.filter(|_| matches!(event.data(), Some(Data::Bytes(_)))) {
+            // The handler gets the bytes as they are, and is told; a name that no attribute can have is none.
+            let _ = event.set("contentencoding", Value::Text(name));
+        }
+        if let Some(foreign) = foreign.filter(|foreign| **foreign != Foreign::default()) {
+            event.edit().foreign = Some(foreign);
+        }
+        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
+    }
+
+    fn event(
+        self,
+        body: &[u8],
+        limits: Limits,
+        fresh_id: impl FnOnce() -> String,
+    ) -> Result<(Event, Identified), Unreadable> {
         let content_type = self.content_type.as_deref().unwrap_or_default();
         let mut identified = Identified::ByItself;
         let event = if is_event(content_type) {
@@ -161,14 +238,18 @@ impl Message {
             }
             self.open_plain(body, limits, fresh_id)?
         };
-        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
+        Ok((event, identified))
     }
 
     fn open_binary(self, body: &[u8], limits: Limits) -> Result<Event, Unreadable> {
         let mut found = std::collections::BTreeMap::new();
         for (mut name, header) in self.headers {
             let Some(start) = attribute_at(&name) else { continue };
-            let Header::Plain(value) = header else {
+            // As good as absent.
+            if header == Header::Void {
+                continue;
+            }
+            let Some(value) = header.into_value() else {
                 return Err(Unreadable::Header(excerpt(&name)));
             };
             name.drain(..start);
@@ -205,9 +286,7 @@ impl Message {
         });
         let kind = given(self.kind).unwrap_or(self.routing_key);
         let mut event = Event::new(id, source, kind)?;
-        if let Some(time) = self.timestamp.and_then(|s| jiff::Timestamp::from_second(s.try_into().ok()?).ok()) {
-            event.edit().time = Some(time.to_string());
-        }
+        event.edit().time = self.timestamp.and_then(time_of);
         if let Some(key) = given(self.correlation_id) {
             event.set("partitionkey", Value::Text(key))?;
         }
@@ -215,7 +294,7 @@ impl Message {
             event.set("datacontenttype", Value::Text(content_type))?;
         }
         for (name, header) in self.headers {
-            if let Header::Plain(value) = header
+            if let Some(value) = header.into_value()
                 && event.extension(&name).is_none()
                 && !["subject", "time", "datacontenttype", "dataschema"].contains(&name.as_str())
             {
@@ -257,7 +336,7 @@ impl Message {
         if let Some(key) = &event.0.sealed {
             headers.push((SEAL.into(), Header::Plain(Value::Text(key.clone()))));
         }
-        let time = event.0.time.as_deref().and_then(|t| t.parse::<jiff::Timestamp>().ok());
+        let time = event.0.time.as_deref().and_then(seconds_of);
         Self {
             exchange: exchange.into(),
             routing_key: event.0.kind.clone(),
@@ -266,8 +345,9 @@ impl Message {
             correlation_id: Some(event.key().into_owned()),
             app_id: None,
             kind: Some(event.0.kind.clone()),
-            timestamp: time.and_then(|t| t.as_second().try_into().ok()),
+            timestamp: time.and_then(|seconds| seconds.try_into().ok()),
             priority: None,
+            foreign: event.0.foreign.clone(),
             headers,
             body: event.0.data.as_ref().map(|d| d.as_bytes().to_vec()).unwrap_or_default(),
         }
@@ -294,11 +374,15 @@ impl Event {
         let data = match self.0.content_type.as_deref() {
             _ if body.is_empty() => None,
             Some(json) if is_json(json) => Some(Data::Json(json::check(body, limits.depth)?)),
-            Some(text) if text.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("text/")) => {
-                Some(Data::Text(utf8().map_err(|e| Unreadable::Utf8(e.valid_up_to()))?))
-            }
+            // In another charset it is text to nobody here, and stays as it is.
+            Some(text) if is_text(text) => match (charset(text).map(|place| &text[place]), utf8()) {
+                (Some(charset), Ok(_)) if !is_utf8(charset) && !is_ascii(charset) => Some(Data::Bytes(body.to_vec())),
+                (Some(charset), Err(_)) if !is_utf8(charset) => Some(Data::Bytes(body.to_vec())),
+                (_, Ok(text)) => Some(Data::Text(text)),
+                (_, Err(error)) => return Err(Unreadable::Utf8(error.valid_up_to())),
+            },
             Some(_) => Some(Data::Bytes(body.to_vec())),
-            None => match (body.trim_ascii_start().first(), json::check(body, limits.depth)) {
+            None => match (json::without_bom(body).trim_ascii_start().first(), json::check(body, limits.depth)) {
                 (_, Ok(raw)) => Some(Data::Json(raw)),
                 (Some(b'{' | b'[' | b'"'), Err(error)) => return Err(error.into()),
                 _ => match utf8() {
@@ -312,6 +396,35 @@ impl Event {
         };
         self.edit().data = data;
         Ok(())
+    }
+}
+
+impl Header {
+    /// What an attribute makes of it.
+    #[must_use]
+    pub fn value(&self) -> Option<&Value> {
+        match self {
+            Self::Plain(value) => Some(value),
+            Self::Void => None,
+            Self::Typed(typed) => typed.value.as_ref(),
+        }
+    }
+
+    fn into_value(self) -> Option<Value> {
+        match self {
+            Self::Plain(value) => Some(value),
+            Self::Void => None,
+            Self::Typed(typed) => typed.value,
+        }
+    }
+
+    /// About how many bytes it takes beside its name.
+    pub(crate) fn weight(&self) -> usize {
+        match self {
+            Self::Plain(Value::Text(text)) => 6 + text.len(),
+            Self::Typed(typed) => 10 + typed.wire.len(),
+            _ => 10,
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 use events::events;
 use proptest::prelude::*;
 use warren_shared::dead::{self, Cause, Scene};
-use warren_shared::wire::{Header, Identified, Incoming};
+use warren_shared::wire::{Foreign, Header, Identified, Incoming, Typed};
 use warren_shared::{Event, Limits, Message, Value};
 
 mod events;
@@ -28,7 +28,7 @@ fn read(message: &Message) -> Incoming {
 
 /// What the broker adds on the way through the dead-letter queue.
 fn marked(mut letter: Message) -> Message {
-    letter.headers.push(("x-death".into(), Header::Nested(3)));
+    letter.headers.push(("x-death".into(), nested(3)));
     letter.set("x-first-death-exchange", "warren.orders.dead");
     letter.set("x-last-death-reason", "expired");
     letter.set("x-delivery-count", 2_i64);
@@ -91,6 +91,10 @@ fn a_letter_says_why_where_and_when() {
     assert_eq!(letter.exchange, "warren.orders.dead");
 }
 
+fn nested(depth: usize) -> Header {
+    Header::Typed(Box::new(Typed { value: None, depth, wire: vec![b'A', 0, 0, 0, 0] }))
+}
+
 fn garbage() -> Message {
     Message {
         exchange: "orders-exchange".into(),
@@ -102,27 +106,54 @@ fn garbage() -> Message {
         kind: Some("order.created".into()),
         timestamp: Some(1_767_225_600),
         priority: Some(3),
+        foreign: Some(Box::new(Foreign {
+            content_encoding: Some("br".into()),
+            reply_to: Some("billing.answers".into()),
+            cluster_id: Some("c".into()),
+            expiration: Some("60000".into()),
+            user_id: Some("billing".into()),
+        })),
         headers: vec![
             ("tenant".into(), Header::Plain("north".into())),
-            ("deep".into(), Header::Nested(26_000)),
-            ("blob".into(), Header::Opaque),
+            ("deep".into(), nested(100)),
+            ("void".into(), Header::Void),
         ],
         body: b"{\"total\": \xff".to_vec(),
     }
 }
 
 #[test]
-fn a_message_that_is_no_event_dies_and_revives_as_it_came_less_what_cannot_be_written() {
+fn a_message_that_is_no_event_dies_and_revives_as_it_came() {
     let letter = dead::of_message(marked(garbage()), &cause("not UTF-8"), &scene(), "warren.orders.dead");
     assert_eq!(text(&letter, "warren-dead-error"), Some("not UTF-8"));
-    assert!(letter.headers.iter().all(|(_, header)| matches!(header, Header::Plain(_))), "{:?}", letter.headers);
+    // What the broker would act on stands where people look.
+    assert_eq!(text(&letter, "warren-dead-expiration"), Some("60000"));
+    assert_eq!(text(&letter, "warren-dead-user-id"), Some("billing"));
     assert!(!letter.headers.iter().any(|(name, _)| name.starts_with("x-")), "{:?}", letter.headers);
 
     let alive = dead::revive(marked(letter), "orders-exchange");
-    let mut headers = vec![("tenant".into(), Header::Plain("north".into()))];
+    let mut headers = garbage().headers;
     headers.push(("warren-replayed".into(), Header::Plain(1_i64.into())));
     assert_eq!(alive, Message { headers, ..garbage() });
     assert_eq!(dead::revive(alive, "x").number("warren-replayed"), Some(2));
+}
+
+#[test]
+fn an_event_keeps_the_properties_of_its_message_but_for_the_encoding_that_it_was_read_from() {
+    let foreign = |encoding: Option<&str>| {
+        let foreign = *garbage().foreign.expect("properties");
+        Some(Box::new(Foreign { content_encoding: encoding.map(Into::into), ..foreign }))
+    };
+    let gzip = vec![31, 139, 8, 0, 0, 0, 0, 0, 2, 3, 51, 4, 0, 183, 239, 220, 131, 1, 0, 0, 0];
+    for (encoding, body, kept) in
+        [(Some("gzip"), gzip, None), (Some("utf-8"), b"1".to_vec(), Some("utf-8")), (None, b"1".to_vec(), None)]
+    {
+        let event = read(&Message { foreign: foreign(encoding), body, headers: Vec::new(), ..garbage() }).event;
+        let letter = dead::of_event(&event, 0, "normal", &cause("no"), &scene(), "warren.orders.dead");
+        assert_eq!((letter.body.as_slice(), &letter.foreign), (&b"1"[..], &foreign(kept)), "{encoding:?}");
+        assert_eq!(text(&letter, "warren-dead-expiration"), Some("60000"));
+        assert_eq!(text(&letter, "warren-dead-user-id"), Some("billing"));
+    }
 }
 
 #[test]
@@ -132,10 +163,10 @@ fn headers_that_would_not_fit_beside_the_reason_stay_behind() {
         let message = Message { headers: (0..count).map(header).collect(), ..garbage() };
         dead::of_message(message, &cause("no"), &scene(), "d")
     };
-    assert_eq!(with(60).headers.len(), 60 + 6);
-    assert_eq!(with(70).headers.len(), 6);
+    assert_eq!(with(60).headers.len(), 60 + 8);
+    assert_eq!(with(70).headers.len(), 8);
     let header = |i| (format!("{i:04}"), Header::Plain("".into()));
     let many = Message { headers: (0..8000).map(header).collect(), ..garbage() };
-    assert_eq!(dead::of_message(many, &cause("no"), &scene(), "d").headers.len(), 6, "small headers count in full");
+    assert_eq!(dead::of_message(many, &cause("no"), &scene(), "d").headers.len(), 8, "small headers count in full");
     assert_eq!(with(70).body, garbage().body);
 }

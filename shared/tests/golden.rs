@@ -2,7 +2,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value as Json};
 use std::cell::Cell;
-use warren_shared::wire::{Header, Identified};
+use warren_shared::event::time_of;
+use warren_shared::wire::{Foreign, Header, Identified, Typed};
 use warren_shared::{Event, Limits, Message, Value};
 
 /// One file.
@@ -30,7 +31,7 @@ struct Written {
     exchange: String,
     routing_key: String,
     properties: Properties,
-    /// A plain value, `{"nested": levels}` or `{"opaque": true}`.
+    /// A plain value, `{"nested": levels}`, `{"opaque": true}`, `{"void": true}` or `{"timestamp": seconds}`.
     headers: Map<String, Json>,
     /// Text, or `{"base64": …}`.
     body: Json,
@@ -47,6 +48,7 @@ struct Properties {
     kind: Option<String>,
     timestamp: Option<u64>,
     priority: Option<u8>,
+    content_encoding: Option<String>,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -56,14 +58,23 @@ struct Refusal {
     text: String,
 }
 
+fn typed(value: Option<Value>, depth: usize) -> Header {
+    Header::Typed(Box::new(Typed { value, depth, wire: Vec::new() }))
+}
+
 fn header(json: Json) -> Header {
     match json {
         Json::Bool(b) => Header::Plain(Value::Bool(b)),
         Json::Number(n) => Header::Plain(Value::Int(n.as_i64().expect("a whole number"))),
         Json::String(s) => Header::Plain(Value::Text(s)),
         Json::Object(mark) => match mark.get("nested").and_then(Json::as_u64) {
-            Some(levels) => Header::Nested(levels as usize),
-            None if mark.contains_key("opaque") => Header::Opaque,
+            Some(levels) => typed(None, levels as usize),
+            None if mark.contains_key("opaque") => typed(None, 0),
+            None if mark.contains_key("void") => Header::Void,
+            None if mark.contains_key("timestamp") => {
+                let time = mark["timestamp"].as_u64().and_then(time_of).map(Value::Text);
+                typed(time, 0)
+            }
             None => panic!("no header: {mark:?}"),
         },
         other => panic!("no header: {other}"),
@@ -90,6 +101,10 @@ impl Written {
             kind: self.properties.kind,
             timestamp: self.properties.timestamp,
             priority: self.properties.priority,
+            foreign: self
+                .properties
+                .content_encoding
+                .map(|encoding| Box::new(Foreign { content_encoding: Some(encoding), ..Foreign::default() })),
             headers: self.headers.into_iter().map(|(name, json)| (name, header(json))).collect(),
             body,
         }

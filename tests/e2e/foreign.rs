@@ -2,7 +2,7 @@
 use anyhow::{Context, ensure};
 use lapin::ExchangeKind;
 use lapin::options::ExchangeDeclareOptions;
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -67,6 +67,50 @@ async fn a_plain_message_of_an_upstream_team_becomes_an_event_with_its_propertie
     ensure!(attribute(event, "type") == "order.bare", "without a type property the routing key is the type: {event}");
     ensure!(attribute(event, "source") == "/amqp/orders-exchange", "{event}");
     ensure!(event["data"] == json!({"total": 1}), "{event}");
+    Ok(())
+}
+
+/// Values as the frameworks of other systems write them.
+#[tokio::test]
+async fn bodies_and_attributes_of_other_makes_are_read_as_what_they_are() -> anyhow::Result<()> {
+    use std::io::Write;
+    let lab = pool("foreign-makes").await?;
+    let _worker = lab.worker()?;
+    let data = br#"{"total":12.5}"#;
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(data)?;
+    let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+    zlib.write_all(data)?;
+    let json = |id: &str, body: &[u8]| Raw::new("order.placed", body).content_type("application/json").id(id).key("k");
+    let encoded = |raw: Raw, name: &str| raw.with(|properties| properties.with_content_encoding(name.into()));
+    let specversion = [("specversion", "1.0"), ("id", "bound"), ("source", "/s"), ("type", "order.placed")];
+    let bound = json("bound", data).attributes("cloudEvents:", &specversion).with(|properties| {
+        let mut headers = properties.headers().clone().unwrap_or_default();
+        headers.insert("cloudEvents:time".into(), AMQPValue::Timestamp(1_700_000_000));
+        headers.insert("cloudEvents:subject".into(), AMQPValue::Void);
+        properties.with_headers(headers)
+    });
+    let messages = [
+        encoded(json("gzip", &gzip.finish()?), "gzip"),
+        encoded(json("deflate", &zlib.finish()?), "deflate"),
+        encoded(json("utf-8", data), "utf-8"),
+        json("marked", &[b"\xef\xbb\xbf", &data[..]].concat()),
+        json("latin", b"caf\xe9").content_type("text/plain; charset=iso-8859-1"),
+        bound,
+        encoded(json("last", data), "identity"),
+    ];
+    lab.publish(&messages).await?;
+    until("all handled", PATIENCE, || !lab.acts_of("last").is_empty()).await?;
+    for id in ["gzip", "deflate", "utf-8", "marked", "bound", "last"] {
+        let acts = lab.acts_of(id);
+        let event = &acts.first().context(id)?["event"];
+        ensure!(event["data"] == json!({"total": 12.5}), "{id}: {event}");
+    }
+    let acts = lab.acts_of("latin");
+    ensure!(acts.first().context("latin")?["event"]["data_base64"] == "Y2Fm6Q==", "{acts:?}");
+    let acts = lab.acts_of("bound");
+    let event = &acts.first().context("bound")?["event"];
+    ensure!(attribute(event, "time") == "2023-11-14T22:13:20Z" && event["subject"].is_null(), "{event}");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What cannot be read is dead-lettered with its reason, exactly once, and disturbs nobody.
 use anyhow::{Context, ensure};
+use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -292,6 +293,53 @@ async fn properties_that_are_no_utf8_are_dead_lettered_and_block_no_partition() 
     Ok(())
 }
 
+/// A body in an encoding that is not read, with every property and headers of every type: on the broker, and not only in the codec.
+#[tokio::test]
+async fn a_letter_keeps_every_property_as_it_came_and_shows_what_can_be_seen() -> anyhow::Result<()> {
+    let mut scene = Scene::open("malformed-as-they-came", &[]).await?;
+    let mut table = FieldTable::default();
+    let mut list = FieldArray::default();
+    list.push(AMQPValue::Double(1.5));
+    for (name, value) in [
+        ("X-Text", AMQPValue::LongString("schön".into())),
+        ("latin", AMQPValue::LongString(LongString::from(b"caf\xe9".as_slice()))),
+        ("float", AMQPValue::Double(12345678.9)),
+        ("time", AMQPValue::Timestamp(1_700_000_000)),
+        ("void", AMQPValue::Void),
+        ("list", AMQPValue::FieldArray(list)),
+    ] {
+        table.insert(name.into(), value);
+    }
+    let came = json_body(b"\x0b\x02\x80".to_vec()).id("packed").key("k").with(|properties| {
+        let properties = properties.with_content_encoding("br".into()).with_reply_to("answers".into());
+        let properties = properties.with_app_id("shop".into()).with_timestamp(1_700_000_000).with_priority(3);
+        properties.with_expiration("3600000".into()).with_headers(table)
+    });
+    // Neither has a message id: who it is stands in the body.
+    let broken = r#"{"specversion":"1.0","id":"seen","source":"/shop","type":"order.placed","data":NaN}"#;
+    let broken = Raw::new("order.placed", broken).content_type(STRUCTURED).key("k");
+    scene.good().await?;
+    scene.lab.publish(&[came.clone(), broken]).await?;
+    let letters = scene.lab.dead_letters(2, PATIENCE).await?;
+    let dead = scene.lab.dead().await?;
+    let wanted =
+        [("packed", "bad-encoding"), ("seen", "bad-json")].map(|(id, reason)| (id.to_owned(), reason.to_owned()));
+    ensure!(dead == wanted, "{dead:?}");
+
+    let letter = letters.iter().find(|letter| letter.id == "packed").context("a letter")?;
+    ensure!(letter.header("warren-dead-expiration") == "3600000", "{letter:?}");
+    let mut found = letter.properties.headers().clone().unwrap_or_default().inner().clone();
+    found.retain(|name, _| !name.as_str().starts_with("warren-"));
+    let wanted = came.properties.headers().clone().unwrap_or_default();
+    ensure!(&found == wanted.inner(), "{found:?}");
+    let mut bare = letter.properties.clone().with_headers(wanted);
+    // Less the one that would take the letter away in an hour.
+    bare = bare.with_expiration("3600000".into());
+    ensure!(bare == came.properties, "{:?}", letter.properties);
+    ensure!(letter.body == came.body, "{letter:?}");
+    scene.close(2).await.map(|_| ())
+}
+
 #[tokio::test]
 async fn a_body_beyond_the_limit_is_dead_lettered_or_refused_by_the_broker() -> anyhow::Result<()> {
     let mut scene = Scene::open("malformed-large", &[]).await?;
@@ -380,7 +428,7 @@ async fn send_refuses_lines_that_are_no_events_and_accounts_for_each() -> anyhow
     let of = |name: &str| account[name].as_u64().unwrap_or_default();
     ensure!(of("read") == all as u64 && of("confirmed") == 1 && of("unknown") == 0, "{account}\n{stderr}");
     ensure!(of("refused") == refused.len() as u64, "{account}\n{stderr}");
-    ensure!(stderr.contains("line 2: the body is not valid JSON at line 1"), "{stderr}");
+    ensure!(stderr.contains("line 2: the body is not valid JSON at line 2, column"), "{stderr}");
     ensure!(stderr.contains("(--rejects FILE") || stderr.contains("more lines are refused"), "{stderr}");
 
     let text = std::fs::read_to_string(rejects)?;

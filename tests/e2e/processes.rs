@@ -89,6 +89,54 @@ async fn instance(lab: &Lab, status: &str) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(line)?)
 }
 
+/// From the line of `send`, by a transform, a step's result and expressions, to the event at the end.
+#[tokio::test]
+async fn numbers_keep_their_digits_all_the_way_through_a_process() -> anyhow::Result<()> {
+    const DIGITS: &str = r#"{"big":12345678901234567890123,"long":12345678901234567.89,"short":1.10}"#;
+    let program = "import json, sys
+for line in sys.stdin:
+    event = json.loads(line)['event']
+    names = json.dumps({'id': event['id'], 'source': event['source'], 'status': 'done'})
+    print(names[:-1] + ', \"result\": ' + sys.argv[1] + '}', flush=True)
+";
+    let mut lab = Lab::new("processes-digits")?;
+    let exec = json!(["python3", "-c", program, DIGITS]);
+    lab.set(
+        "WARREN_ROUTES",
+        &format!(
+            "routes:
+  - {{on: order.came, transform: .data.order, emit: order.placed}}
+  - {{on: payment.charge, exec: {exec}}}
+processes:
+  - name: order
+    on: order.placed
+    steps:
+      charge: {{ do: payment.charge, undo: payment.refund }}
+      again: {{ do: payment.charge, after: [charge], final: true, with: '{{a: .input, b: .results.charge}}' }}
+"
+        ),
+    );
+    lab.declare().await?;
+    let [completed, _] = listen(&lab).await?;
+    let asked = Sink::listen(&lab.url(), "asked", "warren.events", "payment.charge").await?;
+    let _worker = lab.worker()?;
+    let line = format!(
+        r#"{{"specversion":"1.0","id":"1","source":"/tests","type":"order.came","data":{{"order":{DIGITS}}}}}"#
+    );
+    lab.send_raw(line.into_bytes(), &[]).await?;
+    until("it has ended", PATIENCE, || !completed.distinct().is_empty()).await?;
+    let data = |events: Vec<warren_shared::Event>| {
+        let text = |event: &warren_shared::Event| {
+            event.data().map(|data| String::from_utf8_lossy(data.as_bytes()).into_owned()).unwrap_or_default()
+        };
+        events.iter().map(text).collect::<Vec<_>>()
+    };
+    let (ends, asked) = (data(completed.distinct()), data(asked.distinct()));
+    ensure!(ends[0].matches(DIGITS).count() == 3, "input and two results: {ends:?}");
+    ensure!(asked[1].matches(DIGITS).count() == 2, "made by 'with': {asked:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_order_runs_through_its_steps_and_a_person_can_see_how() -> anyhow::Result<()> {
     let lab = lab_of("processes-order", STEPS)?;

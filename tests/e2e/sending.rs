@@ -163,6 +163,23 @@ async fn any_json_becomes_events_by_type_id_key_and_lane() -> anyhow::Result<()>
     Ok(())
 }
 
+/// What reads them as `f64` sees one: four of the five would be taken for repeats of the first.
+#[tokio::test]
+async fn five_lines_whose_ids_have_twenty_digits_are_five_events() -> anyhow::Result<()> {
+    let lab = Lab::new("publishing-digits")?;
+    exchange(&lab, "there", &[("good.#", "quorum", 0)]).await?;
+    let ids: Vec<String> = (0..5).map(|n| format!("8949020000123456789{n}")).collect();
+    let mut input: String = ids.iter().map(|id| format!("{{\"iccid\":{id}}}\n")).collect();
+    input.insert(0, '\u{feff}');
+    let arguments = ["--exchange", "there", "--type", "good.sim", "--source", "/sims", "--id", "/iccid"];
+    let (account, stderr) = lab.send_raw(input.into_bytes(), &arguments).await?;
+    ensure!(account["confirmed"] == json!(5), "{account} {stderr}");
+    let stored = lab.take_all("there.good").await?;
+    let found: Vec<_> = stored.iter().map(|message| message.message_id.clone().unwrap_or_default()).collect();
+    ensure!(found == ids, "{found:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_file_that_is_sent_again_has_the_same_ids() -> anyhow::Result<()> {
     let lab = Lab::new("publishing-again")?;

@@ -92,6 +92,8 @@ pub struct Letter {
     pub routing_key: String,
     /// Its `message_id`.
     pub id: String,
+    /// Its properties as they lie there.
+    pub properties: BasicProperties,
     /// Its body.
     pub body: Vec<u8>,
 }
@@ -110,6 +112,7 @@ impl Letter {
             headers: headers.map(|(name, value)| (name.as_str().to_owned(), text(value))).collect(),
             routing_key: delivery.routing_key.as_str().to_owned(),
             id: properties.message_id().as_ref().map(|id| id.as_str().to_owned()).unwrap_or_default(),
+            properties: properties.clone(),
             body: delivery.data.clone(),
         }
     }

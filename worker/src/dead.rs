@@ -11,8 +11,8 @@ use warren_publisher::{Broker, Confirmed, Publisher};
 use warren_shared::dead::{PREFIX, revive};
 use warren_shared::env::Settings;
 use warren_shared::event::Value;
+use warren_shared::json::{glimpse, without_bom};
 use warren_shared::topology::Topology;
-use warren_shared::wire::Header;
 use warren_shared::{Limits, Message};
 
 /// Which letters.
@@ -80,20 +80,27 @@ impl Letter {
     pub fn of(message: &Message) -> Self {
         let header = |name: &str| message.header(name).map(Value::to_string);
         let mark = |name: &str| header(&format!("{PREFIX}{name}")).unwrap_or_default();
-        let attribute = |name: &str| header(&format!("cloudEvents_{name}"));
+        let attribute = |name: &str| ["_", ":"].iter().find_map(|sign| header(&format!("cloudEvents{sign}{name}")));
         // The broker's own net leaves marks of its own.
         let reason = header("warren-dead-reason").or_else(|| header("x-first-death-reason")).unwrap_or_default();
         // What could not be read may still tell who it is.
         let event = message.read(Limits::default(), String::new).ok().map(|incoming| incoming.event);
         let of = |f: fn(&warren_shared::Event) -> String| event.as_ref().map(f);
+        let seen = if event.is_none() { seen(message) } else { Default::default() };
+        let [id, source, kind] = seen;
         Self {
             at: mark("at"),
             reason,
             kind: of(|e| e.kind().to_owned())
                 .or_else(|| attribute("type"))
+                .or(kind)
                 .unwrap_or_else(|| message.routing_key.clone()),
-            id: of(|e| e.id().to_owned()).or_else(|| message.message_id.clone()).unwrap_or_default(),
-            source: of(|e| e.source().to_owned()).or_else(|| attribute("source")).unwrap_or_default(),
+            id: of(|e| e.id().to_owned())
+                .or_else(|| attribute("id"))
+                .or(id)
+                .or_else(|| message.message_id.clone())
+                .unwrap_or_default(),
+            source: of(|e| e.source().to_owned()).or_else(|| attribute("source")).or(source).unwrap_or_default(),
             key: message.correlation_id.clone().unwrap_or_default(),
             attempts: message.number("warren-dead-attempts").unwrap_or(0),
             handler: mark("handler"),
@@ -251,6 +258,25 @@ impl Dead {
     }
 }
 
+/// Id, source and type in the body of a structured event that cannot be read, as far as they can be seen.
+fn seen(message: &Message) -> [Option<String>; 3] {
+    let mut found = [None, None, None];
+    let kind = message.content_type.as_deref().unwrap_or_default().trim_start().to_ascii_lowercase();
+    if kind.starts_with("application/cloudevents")
+        && message.sealed_with().is_none()
+        && let Ok(body) = message.decoded(Limits::default().body)
+    {
+        let (members, _) = glimpse(without_bom(&body), &["id", "source", "type"]);
+        for (place, raw) in members {
+            let text = serde_json::from_str(raw.get()).unwrap_or_else(|_| raw.get().to_owned());
+            // It is shown on a line: what could forge one does not stand there.
+            let text = text.chars().filter(|c| !c.is_control()).take(255).collect();
+            found[place].get_or_insert(text);
+        }
+    }
+    found
+}
+
 /// A letter in full: its marks, its headers, its body.
 #[must_use]
 pub fn describe(letter: &Letter, message: &Message) -> String {
@@ -270,15 +296,26 @@ pub fn describe(letter: &Letter, message: &Message) -> String {
     line("handler", &letter.handler);
     line("worker", &letter.worker);
     for (name, header) in &message.headers {
-        if let Header::Plain(value) = header
-            && !name.starts_with(PREFIX)
+        if !name.starts_with(PREFIX) {
+            let shown = header.value().map_or_else(|| "(a value that is no text)".to_owned(), Value::to_string);
+            line("header", &format!("{name}: {shown}"));
+        }
+    }
+    if let Some(foreign) = &message.foreign {
+        for (name, value) in
+            [("encoding", &foreign.content_encoding), ("reply to", &foreign.reply_to), ("cluster", &foreign.cluster_id)]
         {
-            line("header", &format!("{name}: {value}"));
+            if let Some(value) = value {
+                line(name, value);
+            }
         }
     }
     match message.sealed_with() {
         Some(key) => line("body", &format!("sealed with the key '{key}', {} bytes", message.body.len())),
-        None => line("body", &String::from_utf8_lossy(&message.body)),
+        None => {
+            let body = message.decoded(Limits::default().body).unwrap_or(message.body.as_slice().into());
+            line("body", &String::from_utf8_lossy(&body));
+        }
     }
     text
 }

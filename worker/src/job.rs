@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_shared::dead::{self, Cause, Scene};
 use warren_shared::delivery::{Action, Doom, Fact, State};
+use warren_shared::json::Json;
 use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
 use warren_shared::topology::{BUS, Topology};
@@ -341,7 +342,7 @@ fn delayed(house: &House, event: &Event, after: Duration, now_ms: i64, attempt: 
 /// The answer to a process, where the event asks for a step of one.
 pub(crate) fn answer(
     event: &Event,
-    outcome: Result<Option<&serde_json::Value>, &Failed>,
+    outcome: Result<Option<&Json>, &Failed>,
     pool: &str,
     limits: Limits,
 ) -> Option<Event> {

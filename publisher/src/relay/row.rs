@@ -4,6 +4,7 @@ use crate::publish::Confirmed;
 use serde_json::Value as Json;
 use tokio_postgres::Error;
 use warren_shared::event::{Event, Limits, Unreadable, Value};
+use warren_shared::number::canonical;
 use warren_shared::topology::BUS;
 use warren_shared::{Message, lane};
 
@@ -109,7 +110,7 @@ impl Columns {
                 Json::Null => continue,
                 Json::Bool(flag) => Value::Bool(flag),
                 Json::String(text) => Value::Text(text),
-                Json::Number(number) => match number.as_i64() {
+                Json::Number(number) => match whole(&number) {
                     Some(int) => Value::Int(int),
                     None => return Err(wrong("extensions", "hold a number that is not a whole one of 64 bits".into())),
                 },
@@ -125,6 +126,11 @@ impl Columns {
             (None, size) => Err(Unreadable::TooLarge { size, limit: limits.body }),
         }
     }
+}
+
+/// `2.0` is a whole number, too.
+fn whole(number: &serde_json::Number) -> Option<i64> {
+    canonical(&number.to_string())?.parse().ok()
 }
 
 fn extensions(text: Option<&str>) -> Result<serde_json::Map<String, Json>, Unreadable> {

@@ -5,6 +5,7 @@
 //! `<type>.failed` and the same extensions. A worker does so by itself.
 use super::Direction;
 use crate::event::{Event, Limits, Unreadable, Value};
+use crate::json::Json;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::fmt;
@@ -162,19 +163,22 @@ pub fn is_answer(event: &Event) -> bool {
 /// The result is larger than the limits say.
 pub fn answer(
     event: &Event,
-    outcome: Result<Option<&serde_json::Value>, &Failed>,
+    outcome: Result<Option<&Json>, &Failed>,
     source: &str,
     time: &str,
     limits: Limits,
 ) -> Result<Event, Unreadable> {
+    let failed;
     let (ending, data) = match outcome {
-        Ok(result) => (DONE, serde_json::to_vec(&result)),
-        Err(failed) => (FAILED, serde_json::to_vec(failed)),
+        Ok(result) => (DONE, result.map_or("null", Json::get)),
+        Err(why) => {
+            failed = serde_json::to_string(why).unwrap_or_else(|_| "null".into());
+            (FAILED, &*failed)
+        }
     };
     let kind = format!("{}{ending}", event.kind());
     let answer = Event::new(event.identity().derive(ending), source, kind)?;
-    let data = data.unwrap_or_else(|_| b"null".to_vec());
-    carry(event, answer, time)?.with_json(&data, limits)
+    carry(event, answer, time)?.with_json(data.as_bytes(), limits)
 }
 
 /// An event with what it has from the one that it follows: instance, step, key, priority, trace.
@@ -230,14 +234,15 @@ mod tests {
             .and_then(|event| event.with("priority", Value::Int(8)))
             .expect("valid");
         assert!(asks(&question) && !asks(&start));
-        let result = serde_json::json!({"paid": 7});
+        let written = r#"{"paid": 7.10, "by": 12345678901234567890123}"#;
+        let result = crate::json::check(written.as_bytes(), 8).expect("JSON");
         let time = "2026-01-01T00:00:00Z";
         let done = answer(&question, Ok(Some(&result)), "/warren/shop", time, Limits::default()).expect("valid");
         assert_eq!(done.kind(), "payment.charge.done");
         assert!(!asks(&done) && is_answer(&done) && !is_answer(&question));
         assert_eq!((Name::of(&done), Try::of(&done)), (Some(name), "charge#2".parse().ok()));
         assert_eq!((done.key(), done.lane()), ("k1".into(), question.lane()));
-        assert_eq!(super::result(&done).get(), r#"{"paid":7}"#);
+        assert_eq!(super::result(&done).get(), written);
         let failed = Failed { reason: "exhausted".into(), error: "no".into() };
         let failed = answer(&question, Err(&failed), "/warren/shop", time, Limits::default()).expect("valid");
         assert_eq!(failed.kind(), "payment.charge.failed");

@@ -39,7 +39,7 @@ fn json_value() -> impl Strategy<Value = Json> {
 /// Content type and data, each as members of the structured form.
 fn data() -> impl Strategy<Value = Map<String, Json>> {
     let json_type = prop_oneof!["application/json", "application/vnd[.]shop[+]json; charset=utf-8", "TEXT/JSON"];
-    let text_type = prop_oneof!["text/plain", "text/csv; charset=utf-8", "application/xml"];
+    let text_type = prop_oneof!["text/plain", "text/csv; charset=utf-8", "text/html;charset=latin1", "application/xml"];
     let bytes_type = prop_oneof!["image/png", "application/octet-stream"];
     let any_type = prop_oneof![json_type.clone(), text_type.clone(), bytes_type.clone()];
     let bytes = || prop::collection::vec(any::<u8>(), 0..60);

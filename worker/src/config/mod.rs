@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_file_without_routes_has_none() {
-        for text in ["routes:\n", "routes: []\n", "# nothing\n"] {
+        for text in ["routes:\n", "routes: []\n", "# nothing\n", "\u{feff}routes: []\n"] {
             let file = read(&settings("WARREN_ROUTES", text)).expect("valid");
             assert_eq!(file.routes.iter().count(), 0, "{text}");
         }

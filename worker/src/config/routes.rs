@@ -182,7 +182,7 @@ impl Route {
 
     fn read(table: &mut Table<'_>, settings: &Settings) -> Option<Self> {
         let on = pattern(table, "an event type or a pattern");
-        let kind = Kind::read(table);
+        let kind = Kind::read(table, settings);
         let timeout = table.time("timeout").unwrap_or(TIMEOUT);
         let retry = policy(table);
         let wait = table.word("order", &[("relaxed", Wait::InLadder), ("strict", Wait::InPlace)]);
@@ -220,7 +220,7 @@ fn program(table: &mut Table<'_>, name: &'static str) -> Option<Jq> {
 const KINDS: [&str; 5] = ["exec", "http", "log", "emit", "gather"];
 
 impl Kind {
-    fn read(table: &mut Table<'_>) -> Option<Self> {
+    fn read(table: &mut Table<'_>, settings: &Settings) -> Option<Self> {
         if KINDS.iter().filter(|kind| table.has(kind)).count() != 1 {
             table.wrong(format!("a route has exactly one of: {}", KINDS.join(", ")));
         }
@@ -234,7 +234,7 @@ impl Kind {
             .and_then(|url| Endpoint::parse(&url).map_err(|why| table.mistake("http", why)).ok().map(Self::Http));
         let log = table.take("log").map(|_| Self::Log);
         let emit = event_type(table).map(Self::Emit);
-        let gather = gathering(table).map(|gathering| Self::Gather(Arc::new(gathering)));
+        let gather = gathering(table, settings).map(|gathering| Self::Gather(Arc::new(gathering)));
         match argv {
             Some(argv) if argv.is_empty() => {
                 table.mistake("exec", "is empty: name a program");
@@ -246,13 +246,18 @@ impl Kind {
     }
 }
 
-fn gathering(table: &mut Table<'_>) -> Option<Gathering> {
+fn gathering(table: &mut Table<'_>, settings: &Settings) -> Option<Gathering> {
     let mut inner = table.table("gather")?;
     let emit = event_type(&mut inner);
     if !inner.has("emit") {
         inner.mistake("emit", "is missing: name the type of the event that a group becomes");
     }
     let (group, count, deadline) = (program(&mut inner, "group"), program(&mut inner, "count"), inner.time("deadline"));
+    if deadline.is_some_and(|deadline| deadline > settings.retention) {
+        let (kept, cure) = (settings.retention, "lower it, or raise the retention");
+        let why = format!("the store remembers what was handled for {kept:?} only (WARREN_RETENTION)");
+        inner.mistake("deadline", format!("is too long: {why}: {cure}"));
+    }
     inner.finish();
     Some(Gathering { emit: emit?, group, count, deadline })
 }
@@ -377,6 +382,21 @@ mod tests {
         }
         let mistakes = read("routes: [{on: a, http: 5}]").expect_err("a number is no URL");
         assert!(mistakes.len() == 1 && mistakes[0].contains("'http' is not a URL: "), "{mistakes:?}");
+    }
+
+    #[test]
+    fn a_group_that_waits_longer_than_the_store_remembers_is_a_mistake() {
+        let read = |deadline: &str| {
+            read(&format!("routes:\n  - on: a\n    gather: {{emit: x, deadline: {deadline}}}\n")).map(|_| ())
+        };
+        assert_eq!(read("7d"), Ok(()));
+        let mistakes = read("169h").expect_err("longer than the default retention");
+        assert!(
+            mistakes.len() == 1
+                && mistakes[0].starts_with("WARREN_ROUTES:3: route 1 (on: a): 'gather.deadline' is too long: ")
+                && mistakes[0].contains("WARREN_RETENTION"),
+            "{mistakes:?}"
+        );
     }
 
     #[test]

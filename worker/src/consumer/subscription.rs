@@ -21,6 +21,7 @@ use warren_publisher::pace::paced;
 use warren_publisher::{Link, codec};
 use warren_shared::Event;
 use warren_shared::acks::{Ack, Ledger, Span};
+use warren_shared::event::seconds_of;
 
 /// What is wanted of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -393,12 +394,15 @@ impl Subscription {
         epoch.tickets.fetch_add(deliveries.len(), Ordering::AcqRel);
         let arrival = |delivery: Delivery| {
             let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
-            let _share = self.shared.budget.take(delivery.data.len());
             let fresh_id = || uuid::Uuid::new_v4().to_string();
             let Subscriptions { seal, limits, .. } = &*self.shared;
+            let size = delivery.data.len();
             let content = seal
                 .open(codec::envelope(&delivery), &delivery.data, *limits, fresh_id)
                 .map_err(|why| Box::new((codec::read(delivery), why)));
+            // A body that came compressed is larger now.
+            let data = content.as_ref().ok().and_then(|incoming| Some(incoming.event.data()?.as_bytes().len()));
+            let _share = self.shared.budget.take(data.unwrap_or(0).max(size));
             let born = content.as_ref().ok().and_then(|incoming| happened(&incoming.event));
             Arrival { ticket: Ticket { epoch: epoch.clone(), tag, _share }, redelivered, content, born }
         };
@@ -412,7 +416,10 @@ impl Subscription {
 }
 
 fn happened(event: &Event) -> Option<i64> {
-    Some(event.time()?.parse::<jiff::Timestamp>().ok()?.as_millisecond())
+    let time = event.time()?;
+    let exact = time.parse::<jiff::Timestamp>().ok().map(|time| time.as_millisecond());
+    // It reads nine digits behind the point, and not the last day of the year 9999.
+    exact.or_else(|| seconds_of(time)?.checked_mul(1000))
 }
 
 /// What the watchdog has noticed.

@@ -3,7 +3,7 @@
 //! A slot is a task that owns one process. Many events are in the program at once; only the oldest has a running clock,
 //! so a program that takes one after the other is not blamed for its queue. Whoever is known to be at fault pays with an
 //! attempt; where nobody knows, each suspect runs alone.
-use super::line::{self, Answer};
+use super::line::{self, Answer, Named};
 use super::program::{Held, Out, Program};
 use super::{Call, Handler, Outcome};
 use crate::config::Command;
@@ -20,8 +20,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 const WINDOW: usize = 256;
 /// Bytes that are read, or made ready before they are written: a batch, never a whole window of large events.
 const BATCH: usize = 1 << 16;
-/// The longest line that is read: a body at its limit, and what stands around it.
-const LINE_LIMIT: usize = (16 << 20) + (64 << 10);
+/// The longest line that is read, beside the body that the call's limit allows: what stands around it.
+const AROUND: usize = 64 << 10;
+/// An answer may emit many events, each within the limit: a small one bounds no line.
+const LEAST_LINE: usize = 16 << 20;
 /// Back-off before a program is started again; doubles up to [`LONGEST`].
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(10);
@@ -103,6 +105,7 @@ impl Exec {
                 suspects: VecDeque::new(),
                 alone: false,
                 clock: (u64::MAX, Instant::now()),
+                longest: LEAST_LINE,
                 partial: Vec::new(),
                 noise: [0; 2],
                 deaths: 0,
@@ -176,6 +179,8 @@ struct Slot {
     alone: bool,
     /// The oldest call, and since when it is that.
     clock: (u64, Instant),
+    /// Bytes of the longest line that is read.
+    longest: usize,
     /// The beginning of a line.
     partial: Vec<u8>,
     /// How often each kind of [`Noise`] was heard.
@@ -256,6 +261,7 @@ impl Slot {
             };
             // Its caller may have left.
             if !asked.tell.is_closed() {
+                self.longest = self.longest.max(asked.call.context.limits.body.saturating_add(AROUND));
                 line::write(&asked.call, out.lines());
                 self.held.push(asked.call.event.identity(), asked);
             }
@@ -290,7 +296,7 @@ impl Slot {
             heard = &heard[end + 1..];
         }
         self.partial.extend_from_slice(heard);
-        self.partial.len() <= LINE_LIMIT
+        self.partial.len() <= self.longest
     }
 
     fn answer(&mut self, line: &[u8]) {
@@ -298,10 +304,27 @@ impl Slot {
             return;
         }
         let Ok(answer) = Answer::read(line) else { return self.note(Noise::NoAnswer) };
-        let Some(asked) = self.held.take(answer.identity) else { return self.note(Noise::Unasked) };
+        let Some(asked) = self.asked(&answer.named) else { return self.note(Noise::Unasked) };
         self.deaths = 0;
         let outcome = answer.outcome(&asked.call);
         asked.tell(outcome);
+    }
+
+    /// Takes the call that a line names.
+    fn asked(&mut self, named: &Named) -> Option<Asked> {
+        let identity = match named {
+            Named::Event(identity) => *identity,
+            Named::Id(id) => {
+                let mut same = self.held.calls().map(|asked| &asked.call.event).filter(|event| event.id() == id);
+                let identity = same.next()?.identity();
+                // Of another source, with the same id: nobody can tell which is meant.
+                if same.any(|event| event.identity() != identity) {
+                    return None;
+                }
+                identity
+            }
+        };
+        self.held.take(identity)
     }
 
     /// Says so once, then at the 10th, the 100th …: a program that floods must not flood the log.
@@ -331,7 +354,17 @@ impl Slot {
             let last = std::mem::take(&mut self.partial);
             self.answer(&last);
         }
-        self.partial = Vec::new();
+        let partial = std::mem::take(&mut self.partial);
+        let longest = self.longest;
+        let endless = if let End::Endless = end { Answer::read(&partial).ok() } else { None };
+        if let Some(asked) = endless.and_then(|answer| self.asked(&answer.named)) {
+            // It would write the same line again.
+            let error = format!("the program's answer is wrong: it is a line of more than {longest} bytes");
+            asked.tell(Outcome::Dead { error });
+            self.deaths = 0;
+            self.held.take_all().into_values().rev().for_each(|asked| self.again.push_front(asked));
+        }
+        drop(partial);
 
         let name = &*self.name;
         let mut held = self.held.take_all();
@@ -350,7 +383,7 @@ impl Slot {
                 held.into_values().rev().for_each(|asked| self.again.push_front(asked));
                 return;
             }
-            (End::Endless, _) => format!("wrote a line of more than {LINE_LIMIT} bytes"),
+            (End::Endless, _) => format!("wrote a line of more than {longest} bytes"),
             (_, Some(status)) => format!("ended ({status})"),
             (_, None) => "closed its stdin or stdout".into(),
         };

@@ -52,7 +52,7 @@ fn word(outcome: Outcome) -> String {
 
 async fn result(exec: &Exec, call: Call) -> serde_json::Value {
     match exec.handle(call).await {
-        Outcome::Done(reply) => reply.result.expect("a result"),
+        Outcome::Done(reply) => reply.result.expect("a result").parse().expect("JSON"),
         other => panic!("{other:?}"),
     }
 }
@@ -123,7 +123,7 @@ for e in events():
     let Outcome::Done(reply) = exec.handle(call_with("x", "{\"k\": [1]}", Duration::from_secs(60))).await else {
         panic!("not done");
     };
-    assert_eq!(reply.result, Some(serde_json::json!({"n": 1})));
+    assert_eq!(reply.result.expect("a result").get(), "{\"n\": 1}");
     assert_eq!(reply.emit.iter().map(Event::kind).collect::<Vec<_>>(), ["a", "b"]);
     assert_eq!(reply.emit[1].json::<serde_json::Value>().expect("JSON"), serde_json::json!({"k": [1]}));
 }
@@ -590,4 +590,83 @@ for line in sys.stdin:
     let done = ids.buffer_unordered(256).filter(|o| std::future::ready(matches!(o, Outcome::Done(_)))).count().await;
     assert_eq!(done, 20_000);
     eprintln!("echo: {:.0} events/s", 20_000.0 / begun.elapsed().as_secs_f64());
+}
+
+/// An answer that is wrong and names its event: each would be another until the timeout, eight times over.
+#[tokio::test]
+async fn an_answer_that_is_wrong_and_names_its_event_fails_it_at_once() {
+    let exec = python(
+        1,
+        "
+for e in events():
+    match e['id']:
+        case 'nan': answer(e, result=float('nan'))
+        case '7': print(json.dumps({'id': 7, 'source': e['source'], 'status': 'done'}), flush=True)
+        case 'anonymous': print(json.dumps({'id': e['id'], 'status': 'done'}), flush=True)
+        case 'half': print('{\"id\":\"half\",\"result\":{,', flush=True)
+        case _: answer(e)
+",
+    );
+    let seen = all(&exec, &["nan", "7", "anonymous", "half", "good"]).await;
+    let wanted = [
+        "not valid JSON at column 6",
+        "'id' is not a string (column 8)",
+        "it has no 'source'",
+        "not valid JSON at column 24",
+        "done",
+    ];
+    for (seen, wanted) in seen.iter().zip(wanted) {
+        assert!(seen.contains(wanted) && (wanted == "done" || seen.starts_with("dead: ")), "{seen}");
+    }
+}
+
+/// Two events with one id, of two sources: the program holds both when it answers without a source.
+#[tokio::test]
+async fn an_id_that_two_events_have_names_neither() {
+    let exec = python(
+        1,
+        "
+held = []
+for e in events():
+    held.append(e)
+    if len(held) == 2:
+        print(json.dumps({'id': e['id'], 'status': 'done'}), flush=True)
+        for e in held: answer(e)
+",
+    );
+    let mut other = call("1");
+    other.event = Event::new("1", "/elsewhere", "thing.done").expect("valid");
+    let seen = futures_util::future::join(exec.handle(call("1")), exec.handle(other)).await;
+    assert_eq!((word(seen.0), word(seen.1)), ("done".into(), "done".into()));
+}
+
+/// The longest line follows the limit of a body, and one that is longer fails the event that it names, and no other.
+#[tokio::test]
+async fn the_longest_line_follows_the_limit_of_a_body() {
+    let exec = python(
+        1,
+        "
+for e in events():
+    answer(e, result='z' * (20 << 20) if e['id'] == 'large' else None)
+",
+    );
+    let large = || {
+        let mut call = call("large");
+        call.context.limits.body = 32 << 20;
+        call
+    };
+    let outcome = exec.handle(large()).await;
+    let Outcome::Done(reply) = outcome else { panic!("{}", word(outcome)) };
+    assert_eq!(reply.result.expect("a result").get().len(), (20 << 20) + 2);
+
+    let exec = python(
+        1,
+        "
+for e in events():
+    answer(e, result='z' * (20 << 20) if e['id'] == 'large' else None)
+",
+    );
+    let seen = all(&exec, &["large", "a", "b"]).await;
+    assert!(seen[0].starts_with("dead: ") && seen[0].contains("a line of more than 1"), "{}", seen[0]);
+    assert_eq!(seen[1..], ["done", "done"]);
 }

@@ -9,9 +9,9 @@ use serde_json::value::RawValue;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
-use warren_shared::Event;
-use warren_shared::event::{Unreadable, Value};
+use warren_shared::event::{Unreadable, Value, check_key};
 use warren_shared::gather::{Closed, Group, Taken};
+use warren_shared::{Event, number};
 
 /// What a route gathers.
 #[derive(Clone, Debug)]
@@ -68,6 +68,11 @@ fn dead(error: impl std::fmt::Display) -> Outcome {
     Outcome::Dead { error: format!("gather: {error}") }
 }
 
+/// How many a group has, however that is written: `2`, `2.0`, `"2"`.
+fn counted(text: &str) -> Option<u64> {
+    number::canonical(text)?.parse().ok().filter(|count| *count > 0)
+}
+
 impl Gathering {
     /// The type of the event that tells that a group's time is over.
     pub(crate) fn overdue(&self) -> String {
@@ -80,6 +85,10 @@ impl Gathering {
             true => call.event.json::<Over>().map_err(dead)?.group,
             false => self.name(&call).await?,
         };
+        if !over {
+            // Now, and not when the group is closed: its event has the name for its key.
+            check_key(&name).map_err(|error| dead(format!("its group's name cannot be a key: {error}")))?;
+        }
         let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("gather {} {name}", self.emit).as_bytes());
         let Some((_, kept)) = call.kept.take() else { return Ok(Outcome::Needs(id)) };
         let mut record = match &kept {
@@ -126,11 +135,13 @@ impl Gathering {
             return group.ok_or_else(|| dead("it has no extension 'groupid', and the route says no 'group'"));
         };
         let outputs = run(group.clone(), "gather.group", call).await?;
-        match outputs.first().map(|json| serde_json::from_slice(json)) {
-            Some(Ok(serde_json::Value::String(text))) if outputs.len() == 1 => Ok(text),
-            Some(Ok(serde_json::Value::Number(number))) if outputs.len() == 1 => Ok(number.to_string()),
-            _ => Err(dead("'group' gives no text or number")),
+        match &outputs[..] {
+            [json] if json.starts_with(b"\"") => serde_json::from_slice(json).ok(),
+            // `1` and `1.0` name one group; numbers that differ in any digit name two.
+            [json] => str::from_utf8(json).ok().and_then(number::canonical),
+            _ => None,
         }
+        .ok_or_else(|| dead("'group' gives no text or number"))
     }
 
     async fn size(&self, call: &Call) -> Result<Option<u64>, Outcome> {
@@ -139,14 +150,19 @@ impl Gathering {
             return match call.event.extension("groupsize") {
                 None if self.deadline.is_some() => Ok(None),
                 None => Err(dead("it has no extension 'groupsize', and the route says neither 'count' nor 'deadline'")),
-                Some(size) => size.to_string().parse().ok().filter(|size| *size > 0).map(Some).ok_or_else(wrong),
+                Some(size) => counted(&size.to_string()).map(Some).ok_or_else(wrong),
             };
         };
         let outputs = run(count.clone(), "gather.count", call).await?;
-        match outputs.first().map(|json| serde_json::from_slice::<Option<u64>>(json)) {
-            Some(Ok(size)) if outputs.len() == 1 && size != Some(0) => Ok(size),
-            _ => Err(wrong()),
-        }
+        let size = match &outputs[..] {
+            [json] if json == b"null" => return Ok(None),
+            [json] if json.starts_with(b"\"") => {
+                serde_json::from_slice(json).ok().and_then(|text: String| counted(&text))
+            }
+            [json] => str::from_utf8(json).ok().and_then(counted),
+            _ => None,
+        };
+        size.map(Some).ok_or_else(wrong)
     }
 
     fn gathered(&self, record: &mut Record, id: Uuid, call: &Call) -> Result<Event, Unreadable> {
@@ -189,5 +205,116 @@ impl Gathering {
             body: serde_json::to_vec(record)?,
         };
         Ok(Change { id, found: kept.map_or(0, |kept| kept.version), state })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handler::Context;
+    use crate::store::Entry;
+
+    fn call(attributes: &[(&str, Value)], data: &str) -> Call {
+        let event = Event::new("1", "/s", "part.done").and_then(|e| e.with_json(data.as_bytes(), Default::default()));
+        let event = attributes
+            .iter()
+            .fold(event.expect("valid"), |event, (name, value)| event.with(name, value.clone()).expect("an attribute"));
+        let (timeout, limits) = (Duration::from_secs(5), Default::default());
+        let context = Context { attempt: 1, timeout, partition: "p00".into(), pool: "orders".into(), limits };
+        Call { event, context, entry: Entry::default(), kept: None }
+    }
+
+    fn gathering(group: Option<&str>, count: Option<&str>) -> Gathering {
+        let program = |text: &str| Jq::compile(text).expect("valid");
+        Gathering { emit: "all.done".into(), group: group.map(program), count: count.map(program), deadline: None }
+    }
+
+    /// The state that a member's group is kept under, or why it has none.
+    async fn group(gathering: &Gathering, call: Call) -> Result<Uuid, String> {
+        match gathering.handle(call).await {
+            Ok(Outcome::Needs(id)) => Ok(id),
+            Err(Outcome::Dead { error }) => Err(error),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn equal_numbers_are_one_group_and_numbers_that_differ_in_any_digit_two() {
+        let by_data = gathering(Some(".data"), Some("2"));
+        let of = async |data: &str| group(&by_data, call(&[], data)).await.expect(data);
+        for (a, b) in [("1", "1.0"), ("1", "\"1\""), ("100", "1e2"), ("1.1", "1.10"), ("0", "-0.0")] {
+            assert_eq!(of(a).await, of(b).await, "{a} and {b}");
+        }
+        for (a, b) in [
+            ("12345678901234567890", "12345678901234567891"),
+            ("12345678901234567.89", "12345678901234567.88"),
+            ("\"1.0\"", "\"1\""),
+            ("1", "-1"),
+        ] {
+            assert_ne!(of(a).await, of(b).await, "{a} and {b}");
+        }
+        let by_extension = gathering(None, Some("2"));
+        let int = group(&by_extension, call(&[("groupid", Value::Int(7))], "{}")).await;
+        assert_eq!(int, Ok(of("7").await));
+        for data in ["null", "true", "[1]", "{}"] {
+            assert!(group(&by_data, call(&[], data)).await.expect_err(data).contains("gives no text or number"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_count_is_a_whole_number_however_it_is_written() {
+        let by_data = gathering(Some("\"g\""), Some(".data"));
+        for (data, wanted) in [
+            ("2", Some(2)),
+            ("2.0", Some(2)),
+            ("\"2\"", Some(2)),
+            ("\"2.0\"", Some(2)),
+            ("2e1", Some(20)),
+            ("0", None),
+            ("-2", None),
+            ("2.5", None),
+            ("\"two\"", None),
+            ("\"\"", None),
+            ("true", None),
+            ("[2]", None),
+        ] {
+            let size = by_data.size(&call(&[], data)).await.ok().flatten();
+            assert_eq!(size, wanted, "{data}");
+        }
+        assert_eq!(by_data.size(&call(&[], "null")).await.expect("nobody said"), None);
+        let by_extension = gathering(Some("\"g\""), None);
+        for (value, wanted) in [
+            (Value::Int(2), Some(2)),
+            (Value::Text("2".into()), Some(2)),
+            (Value::Text("2.0".into()), Some(2)),
+            (Value::Text("many".into()), None),
+            (Value::Bool(true), None),
+        ] {
+            let size = by_extension.size(&call(&[("groupsize", value.clone())], "{}")).await.ok().flatten();
+            assert_eq!(size, wanted, "{value}");
+        }
+    }
+
+    /// Not at the last one: by then the others are taken, and their group could never be closed.
+    #[tokio::test]
+    async fn a_name_that_no_key_can_have_is_refused_at_the_first_member() {
+        let by_data = gathering(Some(".data"), Some("2"));
+        let by_extension = gathering(None, Some("2"));
+        for (name, problem) in [
+            (String::new(), "is empty"),
+            ("x".repeat(256), "has 256 bytes, the limit is 255"),
+            ("a\u{0}b".into(), "holds control characters"),
+            ("a\nb".into(), "holds control characters"),
+            ("a\u{85}b".into(), "holds control characters"),
+        ] {
+            let data = serde_json::Value::from(name.as_str()).to_string();
+            let error = group(&by_data, call(&[], &data)).await.expect_err(problem);
+            assert!(error.contains(problem) && error.starts_with("gather: its group's name"), "{error}");
+            if name.chars().all(|c| !c.is_control()) {
+                let error = group(&by_extension, call(&[("groupid", name.into())], "{}")).await.expect_err(problem);
+                assert!(error.contains(problem), "{error}");
+            }
+        }
+        assert!(group(&by_data, call(&[], &format!("\"{}\"", "x".repeat(255)))).await.is_ok());
     }
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 use warren_shared::event::{Data, Event, Unreadable, Value};
+use warren_shared::json::without_bom;
 use warren_shared::retry::LONGEST;
 
 /// Idle connections are closed first on this side: common servers do it after 5 s, and a request that crosses that on its
@@ -211,6 +212,7 @@ fn reply(call: &Call, head: &HeaderMap, body: &[u8]) -> Result<Reply, String> {
     if !is_event && head.keys().any(|name| name.as_str().starts_with("ce-")) {
         return Ok(Reply::done().emit(event(call, head, content_type, body).map_err(|error| error.to_string())?));
     }
+    let body = without_bom(body);
     if body.is_empty() {
         return Ok(Reply::done());
     }

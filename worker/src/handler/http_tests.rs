@@ -35,7 +35,8 @@ fn word(outcome: Outcome) -> String {
     match outcome {
         Outcome::Done(Reply { result, emit, .. }) => {
             let kinds: Vec<&str> = emit.iter().map(Event::kind).collect();
-            format!("done {} {}", result.unwrap_or_default(), kinds.join(" ")).trim_end().to_owned()
+            let result = result.as_ref().map_or("null", |json| json.get());
+            format!("done {result} {}", kinds.join(" ")).trim_end().to_owned()
         }
         Outcome::Retry { error, after } => {
             let after = after.map_or_else(String::new, |after| format!(" after {}", after.as_secs()));
@@ -244,6 +245,13 @@ async fn a_response_is_read_by_its_type() {
     assert_eq!(ok("application/json", "{\"a\":1}").await, "done {\"a\":1}");
     assert_eq!(ok("Application/JSON; charset=utf-8", "[1]").await, "done [1]");
     assert_eq!(ok("application/json", "").await, "done null");
+    // As it is written, and whatever stands before it.
+    let digits = "[12345678901234567890123,12345678901234567.89,1.10,-0.0,1E2]";
+    assert_eq!(ok("application/json", digits).await, format!("done {digits}"));
+    assert_eq!(ok("application/json", "\u{feff}").await, "done null");
+    assert_eq!(ok("application/json; charset=utf-8", "\u{feff}{\"a\":1.0}").await, "done {\"a\":1.0}");
+    assert_eq!(ok("application/cloudevents+json", "\u{feff}{\"type\":\"x\"}").await, "done null x");
+    assert_eq!(ok("application/cloudevents-batch+json", "\u{feff}[{\"type\":\"x\"}]").await, "done null x");
     for kind in ["text/html", "text/plain", "application/problem+json", "application/hal+json", "nonsense"] {
         assert_eq!(ok(kind, "{\"secret\":1}").await, "done null", "{kind}");
     }

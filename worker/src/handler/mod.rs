@@ -30,6 +30,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use warren_shared::Message;
 use warren_shared::event::{Event, Limits, Unreadable};
+use warren_shared::json::Json;
 use warren_shared::structured::Defaults;
 
 /// One call of a handler.
@@ -87,16 +88,16 @@ pub enum Outcome {
         recorded: Recorded,
         /// What the new rows of the outbox send.
         out: Vec<Message>,
-        /// The result, JSON.
-        result: Option<serde_json::Value>,
+        /// The result.
+        result: Option<Json>,
     },
 }
 
 /// What a successful handler returns.
 #[derive(Debug, Default)]
 pub struct Reply {
-    /// The result, JSON.
-    pub result: Option<serde_json::Value>,
+    /// The result, as it was written: its numbers keep their digits.
+    pub result: Option<Json>,
     /// Events to publish, in this order.
     pub emit: Vec<Event>,
     /// Events for this pool, each after a time.
@@ -125,13 +126,15 @@ impl Reply {
     pub(crate) fn weight(&self) -> usize {
         let bodies = self.emit.iter().chain(self.later.iter().map(|(_, event)| event));
         let sent: usize = bodies.filter_map(|event| Some(event.data()?.as_bytes().len())).sum();
-        sent + self.change.as_ref().map_or(0, |change| change.state.body.len())
+        let result = self.result.as_ref().map_or(0, |result| result.get().len());
+        sent + result + self.change.as_ref().map_or(0, |change| change.state.body.len())
     }
 
-    /// The same with a result: what a process gets as the answer of its step.
+    /// The same with a result: what a process gets as the answer of its step. A `serde_json::Value`, or a
+    /// `Box<RawValue>` where numbers are to keep more digits than `f64` has.
     #[must_use]
-    pub fn result(mut self, result: serde_json::Value) -> Self {
-        self.result = Some(result);
+    pub fn result(mut self, result: impl Into<Json>) -> Self {
+        self.result = Some(result.into());
         self
     }
 
@@ -208,14 +211,13 @@ impl Call {
     ///
     /// # Errors
     /// Says why it is none, without quoting it.
-    pub fn result(&self, json: &[u8]) -> Result<Option<serde_json::Value>, String> {
+    pub fn result(&self, json: &[u8]) -> Result<Option<Json>, String> {
         let Limits { body, depth } = self.context.limits;
         if json.len() > body {
             return Err(format!("result: it has {} bytes, the limit is {body}", json.len()));
         }
-        warren_shared::json::check(json, depth).map_err(|error| format!("result: {error}"))?;
-        let value = serde_json::from_slice(json).map_err(|_| "result: it holds a number that is none")?;
-        Ok(Some(value).filter(|value: &serde_json::Value| !value.is_null()))
+        let json = warren_shared::json::check(json, depth).map_err(|error| format!("result: {error}"))?;
+        Ok(Some(json).filter(|json| json.get() != "null"))
     }
 
     /// A reply of a handler that makes its events itself, held to what the others' replies are held to: its events get
@@ -228,7 +230,7 @@ impl Call {
             fits.and_then(|event| event.with_defaults(self.defaults(i))).map_err(|error| format!("emit[{i}]: {error}"))
         };
         let emit = std::mem::take(&mut reply.emit).into_iter().enumerate().map(fit).collect::<Result<_, _>>()?;
-        let result = reply.result.take().map(|value| self.result(value.to_string().as_bytes())).transpose()?.flatten();
+        let result = reply.result.take().map(|json| self.result(json.get().as_bytes())).transpose()?.flatten();
         Ok(Reply { result, emit, ..reply })
     }
 }

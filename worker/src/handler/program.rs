@@ -170,6 +170,11 @@ impl<T> Held<T> {
         self.calls.first_key_value().map(|(place, call)| (*place, call))
     }
 
+    /// All calls, the oldest first.
+    pub(super) fn calls(&self) -> impl Iterator<Item = &T> {
+        self.calls.values()
+    }
+
     /// Takes the oldest call of an event.
     pub(super) fn take(&mut self, identity: Identity) -> Option<T> {
         let places = self.places.get_mut(&identity)?;

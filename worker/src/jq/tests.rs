@@ -76,6 +76,18 @@ fn programs_do_what_they_do_in_jq() {
 #[test]
 fn numbers_stay_as_they_are_written() {
     check(".", "[1.10,12345678901234567890123,1e400,-0.0]", &["[1.10,12345678901234567890123,1e400,-0.0]"]);
+    let digits = "{\"a\":[12345678901234567890123,12345678901234567.89,1.10,1E2,-0.0]}";
+    for program in [
+        ".",
+        "{a}",
+        "{a: [.a[]]}",
+        ".a |= map(.)",
+        "tojson | fromjson",
+        ". + {}",
+        "{a: (.a | map(tostring | tonumber))}",
+    ] {
+        check(program, digits, &[digits]);
+    }
     check(".[0] + 1", "[12345678901234567890123]", &["12345678901234567890124"]);
 }
 

@@ -3,6 +3,7 @@
 //! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
 use super::{COPIES, Id, News, Pipeline, QUIET, now_ms};
 use crate::consumer::Proof;
+use crate::dead::Letter;
 use crate::fault;
 use crate::job::{Content, Job, Mark};
 use crate::metrics::{self, names};
@@ -230,18 +231,14 @@ impl Pipeline {
 
     pub(super) fn buried(&self, job: &Job, reason: &'static str, error: &str, attempts: u32) {
         self.meters.dead(job.ticket.place().lane, job.route(), reason);
-        let (id, kind, key) = match job.event() {
-            Some(event) => (event.id(), event.kind(), event.key()),
-            // What could not be read may still have brought a message id.
-            None => match &job.content {
-                Content::Message(message) => {
-                    let (message, _) = message.as_ref();
-                    let id = message.message_id.as_deref().unwrap_or_default();
-                    let key = message.correlation_id.as_deref().unwrap_or_default();
-                    (id, message.routing_key.as_str(), key.into())
-                }
-                Content::Event { .. } => ("", "", "".into()),
-            },
+        let seen;
+        let (id, kind, key) = match &job.content {
+            Content::Event { event, .. } => (event.id(), event.kind(), event.key()),
+            // What could not be read may still tell who it is.
+            Content::Message(message) => {
+                seen = Letter::of(&message.0);
+                (seen.id.as_str(), seen.kind.as_str(), seen.key.as_str().into())
+            }
         };
         let error: String = error.chars().take(200).collect();
         let (partition, trace_id) = (&*job.ticket.place().queue, job.event().and_then(Event::trace_id));

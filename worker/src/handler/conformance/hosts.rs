@@ -78,7 +78,7 @@ impl Stage {
     /// The result of a call that is done.
     pub(super) async fn result(&self, call: Call) -> Value {
         match self.outcome(call).await {
-            Outcome::Done(reply) => reply.result.unwrap_or_default(),
+            Outcome::Done(reply) => reply.result.map_or(Value::Null, |json| json.parse().expect("JSON")),
             other => panic!("{other:?}"),
         }
     }
@@ -92,14 +92,14 @@ fn number(script: &Value, name: &str) -> u64 {
 async fn act(event: Event, context: Context, barrier: Arc<Barrier>) -> Result<Reply, Failure> {
     let script = event.extension("script").map(ToString::to_string).unwrap_or_default();
     let script: Value = serde_json::from_str(&script)?;
-    let result = |value: Value| Ok(Reply { result: Some(value), ..Reply::done() });
+    let result = |value: Value| Ok(Reply::done().result(value));
     match script["do"].as_str().expect("a word") {
         "reply" => {
             let none = Vec::new();
             let emit = script.get("emit").and_then(Value::as_array).unwrap_or(&none);
             let emit = emit.iter().enumerate().map(|(i, partial)| made(&event, i, partial));
             Ok(Reply {
-                result: script.get("result").cloned(),
+                result: script.get("result").cloned().map(Into::into),
                 emit: emit.collect::<Result<_, _>>()?,
                 ..Reply::default()
             })

@@ -220,7 +220,8 @@ fn seen(outcome: Outcome) -> (Value, String) {
         Outcome::Done(reply) => {
             let emit: Vec<Value> = reply.emit.iter().map(shown).collect();
             // A null that is a result would look like none.
-            let result = reply.result.map(|value| if value.is_null() { json!("a null") } else { value });
+            let result = reply.result.map(|json| json.parse().expect("JSON"));
+            let result = result.map(|value: Value| if value.is_null() { json!("a null") } else { value });
             (json!({"done": {"result": result, "emit": emit}}), String::new())
         }
         Outcome::Retry { error, after } => (json!({"retry": after.map(|after| after.as_secs_f64())}), error),
