@@ -29,7 +29,7 @@ pub struct Scene {
 const ERROR_LIMIT: usize = 1024;
 
 /// Where a message was to go that could not be sent: a replay sends it there.
-pub const EXCHANGE: &str = "warren-dead-exchange";
+pub const DESTINATION: &str = "warren-dead-destination";
 
 /// All headers of a dead letter begin so.
 pub const PREFIX: &str = "warren-dead-";
@@ -64,7 +64,7 @@ pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: 
 /// else to the pool's door.
 #[must_use]
 pub fn revive(mut letter: Message, door: &str) -> Message {
-    let exchange = match letter.header(EXCHANGE) {
+    let exchange = match letter.header(DESTINATION) {
         Some(Value::Text(exchange)) if exchange.starts_with("warren.") => exchange.clone(),
         _ => door.to_owned(),
     };

@@ -498,7 +498,7 @@ impl Relay {
         let scene = Scene { worker: self.parts.worker.clone(), at: jiff::Timestamp::now().to_string() };
         let mut letter = dead::of_message(letter, &cause, &scene, &self.parts.dead);
         if !is_letter {
-            letter.set(dead::EXCHANGE, exchange);
+            letter.set(dead::DESTINATION, exchange);
         }
         if let Some(answer) = told
             && let Some(rows) = self.keys.get_mut(&key).map(|key| &mut key.rows)
