@@ -7,6 +7,7 @@ pub mod broker;
 pub mod codec;
 pub mod declare;
 pub mod lines;
+pub mod log;
 pub mod outbox;
 pub mod pace;
 pub mod postgres;

@@ -1,9 +1,10 @@
 //! What both binaries do before and after their work: environment, log, exit code.
 use crate::broker;
+use crate::log::{self, say};
 use crate::postgres::Postgres;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use warren_shared::env::{Database, Given, LogFormat, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
+use warren_shared::env::{Database, Given, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
 use warren_shared::secret::of_file;
 
 /// Exit codes by sysexits(3): scripts rely on them.
@@ -73,7 +74,7 @@ pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode>
     });
     match read {
         Ok((map, settings)) => {
-            log(&settings);
+            log::start(&settings);
             for name in unknown(&map) {
                 tracing::warn!(variable = name, "{name} is not a variable of Warren, it changes nothing: see --help");
             }
@@ -121,6 +122,7 @@ where
     let result = runtime.block_on(command);
     // A thread that reads a terminal does not end by itself.
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    log::flush();
     result
 }
 
@@ -131,8 +133,15 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
-    ExitCode::from(code(error))
+    fail_with(error, code(error))
+}
+
+/// Prints an error with its causes; the process ends with this code.
+#[must_use]
+pub fn fail_with(error: &anyhow::Error, code: u8) -> ExitCode {
+    say(format_args!("error: {error:#}"));
+    log::flush();
+    ExitCode::from(code)
 }
 
 fn code(error: &anyhow::Error) -> u8 {
@@ -183,6 +192,7 @@ pub fn interrupted() -> tokio::sync::watch::Receiver<bool> {
             _ = int.recv() => {}
             _ = term.recv() => {}
         }
+        log::flush();
         std::process::exit(i32::from(exit::FAILED));
     });
     stop
@@ -203,29 +213,6 @@ pub fn print(line: &str) -> std::io::Result<()> {
 #[must_use]
 pub fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
-}
-
-/// The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: what begins so is never logged.
-const SILENT: [&str; 5] = ["lapin", "amq_protocol", "async_rs", "tokio_postgres", "deadpool"];
-
-fn log(settings: &Settings) {
-    use tracing_subscriber::filter::filter_fn;
-    use tracing_subscriber::layer::SubscriberExt;
-    use tracing_subscriber::util::SubscriberInitExt;
-    use tracing_subscriber::{EnvFilter, fmt, registry};
-    let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
-    // Not as directives, of which the most special one holds: `lapin::channel=trace` would be heard.
-    let told = filter_fn(|metadata| !SILENT.iter().any(|silent| metadata.target().starts_with(silent)));
-    let registry = registry().with(filter).with(told);
-    let layer = fmt::layer().with_writer(std::io::stderr);
-    // A second start in one process (tests) keeps the first.
-    let _ = match settings.log_format {
-        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init(),
-        LogFormat::Text => {
-            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(layer.with_target(false).with_ansi(ansi)).try_init()
-        }
-    };
 }
 
 #[cfg(test)]

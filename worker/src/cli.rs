@@ -234,13 +234,9 @@ fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
     match ran {
         Ok(code) => code,
         Err(error) if error.is::<crate::store::StoreError>() || error.is::<JoinError>() => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit::UNAVAILABLE)
+            process::fail_with(&error, exit::UNAVAILABLE)
         }
-        Err(error) if error.is::<Conflict>() => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit::USAGE)
-        }
+        Err(error) if error.is::<Conflict>() => process::fail_with(&error, exit::USAGE),
         Err(error) => process::fail(&error),
     }
 }
