@@ -5,10 +5,12 @@
 //! attempt; where nobody knows, each suspect runs alone.
 use super::line::{self, Answer};
 use super::program::{Held, Out, Program};
-use super::{Call, Handler, Outcome};
+use super::{Call, Handler, Outcome, panicked};
 use crate::config::Command;
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -92,7 +94,7 @@ impl Exec {
         let open = |_| {
             let (calls, queue) = mpsc::unbounded_channel();
             let gauge = Arc::<Gauge>::default();
-            let slot = Slot {
+            let mut slot = Slot {
                 argv: command.argv.clone(),
                 name: name.clone(),
                 calls: queue,
@@ -107,7 +109,13 @@ impl Exec {
                 noise: [0; 2],
                 deaths: 0,
             };
-            tokio::spawn(slot.run());
+            tokio::spawn(async move {
+                // Its calls fail, and those that come after them find it at work again.
+                while let Err(panic) = AssertUnwindSafe(slot.run()).catch_unwind().await {
+                    slot.held.take_all().into_values().for_each(|asked| asked.tell(panicked(&*panic)));
+                    sleep(FIRST).await;
+                }
+            });
             Door { calls, gauge }
         };
         Self { doors: (0..command.processes).map(open).collect(), closing }
@@ -185,7 +193,7 @@ struct Slot {
 }
 
 impl Slot {
-    async fn run(mut self) {
+    async fn run(&mut self) {
         loop {
             match Program::start(&self.argv, &self.name) {
                 Ok(mut program) => match self.serve(&mut program).await {
@@ -255,9 +263,16 @@ impl Slot {
                 break;
             };
             // Its caller may have left.
-            if !asked.tell.is_closed() {
-                line::write(&asked.call, out.lines());
-                self.held.push(asked.call.event.identity(), asked);
+            if asked.tell.is_closed() {
+                continue;
+            }
+            let before = out.lines().len();
+            match catch_unwind(AssertUnwindSafe(|| line::write(&asked.call, out.lines()))) {
+                Ok(()) => self.held.push(asked.call.event.identity(), asked),
+                Err(panic) => {
+                    out.lines().truncate(before);
+                    asked.tell(panicked(&*panic));
+                }
             }
         }
         self.gauge.troubled.store(self.alone || !self.suspects.is_empty(), Relaxed);
@@ -300,8 +315,8 @@ impl Slot {
         let Ok(answer) = Answer::read(line) else { return self.note(Noise::NoAnswer) };
         let Some(asked) = self.held.take(answer.identity) else { return self.note(Noise::Unasked) };
         self.deaths = 0;
-        let outcome = answer.outcome(&asked.call);
-        asked.tell(outcome);
+        let outcome = catch_unwind(AssertUnwindSafe(|| answer.outcome(&asked.call)));
+        asked.tell(outcome.unwrap_or_else(|panic| panicked(&*panic)));
     }
 
     /// Says so once, then at the 10th, the 100th …: a program that floods must not flood the log.

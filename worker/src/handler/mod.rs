@@ -25,6 +25,7 @@ pub use tx::InTx;
 use crate::config::{Kind, Route};
 use crate::store::{Change, Entry, Kept, Recorded, StoreError, Transactions};
 use futures_util::future::BoxFuture;
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -145,6 +146,13 @@ pub trait Handler: Send + Sync + 'static {
     fn close(&self) -> BoxFuture<'static, ()> {
         Box::pin(async {})
     }
+}
+
+/// What a panic in a handler's code means, ours or a function's: its event failed, and nothing else.
+pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Outcome {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
+    Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
 }
 
 /// Makes a route's handler. `processes` takes the events of all processes; `transactions` are asked for by those that need them.
