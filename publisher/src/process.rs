@@ -4,6 +4,7 @@ use crate::log::{self, say};
 use crate::postgres::Postgres;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use warren_shared::env::{Database, Given, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
 use warren_shared::secret::of_file;
 
@@ -170,28 +171,73 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS }
 }
 
-/// Turns true at the first interrupt or SIGTERM; the second ends the process.
+/// The signals that ask a process to end.
+#[derive(Debug)]
+pub struct Requests {
+    term: Signal,
+    int: Signal,
+    /// None where it was ignored when the process began, as `nohup` has it.
+    hup: Option<Signal>,
+    is_first: bool,
+}
+
+impl Requests {
+    /// Listens to them; from here on none of them ends the process by itself.
+    ///
+    /// # Errors
+    /// The operating system refuses.
+    pub fn listen() -> std::io::Result<Self> {
+        let hup = if ignores_hangup() { None } else { Some(signal(SignalKind::hangup())?) };
+        let (term, int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { term, int, hup, is_first: true })
+    }
+
+    /// Waits for the next SIGTERM or SIGINT, or for SIGHUP where nobody asked before: both the shell and the kernel send that
+    /// where a terminal is closed, and it never means more than a first request.
+    pub async fn next(&mut self) {
+        loop {
+            let Self { term, int, hup, is_first } = self;
+            let hung_up = async {
+                match hup {
+                    Some(hup) => hup.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let counts = tokio::select! {
+                _ = term.recv() => true,
+                _ = int.recv() => true,
+                _ = hung_up => *is_first,
+            };
+            *is_first = false;
+            if counts {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether SIGHUP was ignored when this process began.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
+}
+
+/// Turns true at the first request to end; the second ends the process.
 #[must_use]
 pub fn interrupted() -> tokio::sync::watch::Receiver<bool> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (tell, stop) = tokio::sync::watch::channel(false);
     // Before anything else is done: without them a signal ends the process wherever it is.
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let requests = Requests::listen();
     tokio::spawn(async move {
-        let (Ok(mut term), Ok(mut int)) = signals else {
+        let Ok(mut requests) = requests else {
             // A channel that is closed would look like one that has told.
             return std::mem::forget(tell);
         };
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        }
+        requests.next().await;
         tell.send_replace(true);
         // The second one does not wait for answers.
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        }
+        requests.next().await;
         log::flush();
         std::process::exit(i32::from(exit::FAILED));
     });
