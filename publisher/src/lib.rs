@@ -15,7 +15,7 @@ pub mod process;
 pub mod publish;
 pub mod relay;
 pub mod seal;
-mod secrets;
+pub mod secrets;
 pub mod send;
 mod sieve;
 mod tls;

@@ -385,7 +385,12 @@ fn number<T: std::str::FromStr + PartialOrd + fmt::Display>(value: &str, min: T,
 /// # Errors
 /// Says how a duration is written.
 pub fn duration(value: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{value}' is not a duration such as 250ms, 10s, 5m, 1h or 7d");
+    let wrong = || match value.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => {
+            format!("'{value}' has no unit: write {value}s for seconds, or ms, m, h or d in place of s")
+        }
+        _ => format!("'{value}' is not a duration such as 250ms, 10s, 5m, 1h or 7d"),
+    };
     // jiff knows no days in absolute time: a day here is 24 hours.
     let parsed = match value.strip_suffix('d').map(str::parse::<u32>) {
         Some(Ok(days)) => Duration::from_secs(u64::from(days) * 86_400),

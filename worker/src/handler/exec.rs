@@ -5,7 +5,7 @@
 //! attempt; where nobody knows, each suspect runs alone.
 use super::line::{self, Answer};
 use super::program::{Held, Out, Program};
-use super::{Call, Handler, Outcome, panicked};
+use super::{Call, Handler, Outcome, local, panicked};
 use crate::config::Command;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -203,6 +203,15 @@ impl Slot {
                     }
                     end => self.bury(program, end).await,
                 },
+                // Who waits goes on waiting: the program may be all right.
+                Err(trouble) if local::is_trouble(&trouble) => {
+                    self.gauge.troubled.store(true, Relaxed);
+                    let what = format!("cannot start '{}'", self.name);
+                    tokio::select! {
+                        () = local::wait_for_it_to_pass(&what, &trouble) => {}
+                        () = closed(&mut self.closing) => return,
+                    }
+                }
                 Err(error) => self.refuse(&error),
             }
             let doubled = FIRST.saturating_mul(1 << self.deaths.saturating_sub(1).min(16));

@@ -9,6 +9,7 @@ mod filtered;
 mod gather;
 mod http;
 mod line;
+mod local;
 mod log;
 mod process;
 mod program;
@@ -17,7 +18,7 @@ mod tx;
 
 pub use gather::Gathering;
 pub(crate) use gather::OVERDUE;
-pub use http::Endpoint;
+pub use http::{Endpoint, Header, HttpService, RETRY_ON};
 pub(crate) use process::Processes;
 pub use rust::{Failure, Rust};
 pub use tx::InTx;
@@ -167,7 +168,7 @@ pub fn build(
     let mut transform = route.transform.clone();
     let handler: Arc<dyn Handler> = match &route.kind {
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
-        Kind::Http(endpoint) => Arc::new(http::Http::new(endpoint.clone())),
+        Kind::Http(service) => Arc::new(http::Http::new(service.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
         Kind::Gather(gathering) => Arc::new(gather::Gather(gathering.clone())),
