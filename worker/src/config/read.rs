@@ -229,12 +229,19 @@ impl<'m> Table<'m> {
     /// Takes a number within limits.
     pub(super) fn number(&mut self, name: &'static str, limits: RangeInclusive<u32>) -> Option<u32> {
         let what = format!("a number from {} to {}", limits.start(), limits.end());
-        let number = self.get::<u32>(name, &what)?;
-        if limits.contains(&number) {
-            return Some(number);
+        let json = self.take(name)?.json();
+        let number =
+            json.as_u64().and_then(|number| u32::try_from(number).ok()).filter(|number| limits.contains(number));
+        if number.is_none() {
+            self.mistake(
+                name,
+                match &json {
+                    Json::Number(number) => format!("is {number}, not {what}"),
+                    other => format!("is not {what}: {}", found(other)),
+                },
+            );
         }
-        self.mistake(name, format!("is {number}, not {what}"));
-        None
+        number
     }
 
     /// Takes a duration.
@@ -292,9 +299,9 @@ impl<'m> Table<'m> {
 fn found(json: &Json) -> String {
     match json {
         Json::Null => "it is empty".into(),
-        Json::Bool(flag) => format!("it is the flag {flag}; for text write '{flag}' in quotes"),
-        Json::Number(number) => format!("it is the number {number}; for text write '{number}' in quotes"),
-        Json::String(text) if text.parse::<f64>().is_ok() => "it is text; for a number leave the quotes out".into(),
+        Json::Bool(flag) => format!("it is the flag {flag} (in quotes it would be text)"),
+        Json::Number(number) => format!("it is the number {number} (in quotes it would be text)"),
+        Json::String(text) if text.parse::<f64>().is_ok() => "it is text (without quotes it would be a number)".into(),
         Json::String(_) => "it is text".into(),
         Json::Object(_) => "it is a table of fields".into(),
         Json::Array(items) => match items.iter().position(|item| !item.is_string()) {

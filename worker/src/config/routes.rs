@@ -496,14 +496,20 @@ mod tests {
             ("on: a, gather: {emit: b, deadline: 30}", "'gather.deadline' is wrong: '30' has no unit: write 30s"),
             (
                 "on: a, log: {}, concurrency: '4'",
-                "'concurrency' is not a number from 1 to 65535: it is text; for a number leave",
+                "'concurrency' is not a number from 1 to 65535: it is text (without quotes it would be a number)",
             ),
-            ("on: a, log: {}, concurrency: -1", "'concurrency' is not a number from 1 to 65535: it is the number -1"),
+            ("on: a, log: {}, concurrency: -1", "'concurrency' is -1, not a number from 1 to 65535"),
             (
                 "on: a, exec: [sleep, 5]",
-                "'exec' is not a list of program and arguments: of its list, item 2: it is the number 5; for text write '5' in quotes",
+                "'exec' is not a list of program and arguments: of its list, item 2: it is the number 5 (in quotes it would be text)",
             ),
-            ("on: a, emit: true", "'emit' is not an event type: it is the flag true; for text write 'true' in quotes"),
+            ("on: a, emit: true", "'emit' is not an event type: it is the flag true (in quotes it would be text)"),
+            ("on: a, log: {}, concurrency: 99999999999", "'concurrency' is 99999999999, not a number from 1 to 65535"),
+            ("on: a, log: {}, concurrency: 2.5", "'concurrency' is 2.5, not a number from 1 to 65535"),
+            (
+                "on: a, log: {}, retry: {attempts: many}",
+                "'retry.attempts' is not a number from 1 to 1000000: it is text",
+            ),
             ("on: a, http: {url: x}", "'http' is not a URL: it is a table of fields"),
         ] {
             let mistakes = read(&format!("routes: [{{{route}}}]")).expect_err(route);

@@ -462,6 +462,21 @@ async fn an_answer_that_comes_before_the_request_is_over_is_read() {
 }
 
 #[tokio::test]
+async fn an_answer_that_comes_before_the_request_is_over_is_read_through_tls() {
+    // It answers what it has read first, and closes.
+    let tls = Tls::start();
+    let mut roots = RootCertStore::empty();
+    roots.add(tls.certificate.clone()).expect("a root");
+    let mut large = call("1");
+    let body = format!("\"{}\"", "x".repeat(8 << 20));
+    large.event = large.event.with_json(body.as_bytes(), Default::default()).expect("within the limits");
+    for _ in 0..10 {
+        let http = Http::trusting(roots.clone(), tls.endpoint("127.0.0.1"));
+        assert_eq!(word(http.handle(large.clone()).await), "done null");
+    }
+}
+
+#[tokio::test]
 async fn a_worker_without_file_descriptors_fails_no_event_of_a_service() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let service = Service::saying(response(200, &[], b"")).await;
@@ -512,6 +527,28 @@ async fn headers_come_from_files_that_are_read_again() {
     assert!(denied == "done null" || denied.ends_with("/hook: 401 Unauthorized"), "{denied}");
     *good.lock().expect("not poisoned") = "Bearer three".into();
     assert_eq!(word(http.handle(call("4")).await), "done null");
+
+    // Rotated while a request was on its way.
+    write("four");
+    let (path, to) = (file.path().to_owned(), good.clone());
+    let rotating = Service::start(move |request| {
+        let mut good = to.lock().expect("not poisoned");
+        if request.header("authorization") == Some("Bearer four") {
+            std::fs::write(&path, "Bearer three").expect("written");
+            *good = "Bearer three".into();
+        }
+        let is_good = request.header("authorization") == Some(&good);
+        Box::pin(std::future::ready(response(if is_good { 200 } else { 403 }, &[], b"")))
+    });
+    let rotating = rotating.await;
+    let secret = warren_shared::secret::File {
+        variable: "headers.Authorization".into(),
+        path: file.path().to_str().expect("UTF-8").into(),
+    };
+    let headers = vec![header("Authorization", warren_shared::secret::Secret::new("Bearer four").of(Some(secret)))];
+    let other = Http::new(HttpService { headers, ..endpoint(rotating.address).into() });
+    assert_eq!(word(other.handle(call("1")).await), "done null");
+    assert_eq!(rotating.seen.requests.load(SeqCst), 2);
 
     // What no header can have is not sent: the last good value is.
     std::fs::write(file.path(), "Bearer\nfour").expect("written");
@@ -624,6 +661,8 @@ impl Tls {
         std::thread::spawn(move || {
             use std::io::{Read, Write};
             for stream in listener.incoming().map_while(Result::ok) {
+                // Else its answer waits here behind what is not acknowledged yet, and is thrown away by a close.
+                let _ = stream.set_nodelay(true);
                 let connection = rustls::ServerConnection::new(config.clone()).expect("a connection");
                 let mut stream = rustls::StreamOwned::new(connection, stream);
                 let mut heard = [0; 4096];

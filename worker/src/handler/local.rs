@@ -23,15 +23,20 @@ pub(super) fn causes<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item
     std::iter::successors(Some(error), |error: &&'e (dyn Error + 'static)| (*error).source())
 }
 
-/// The trouble that kept a connection from being opened, if there is some.
+/// The trouble that an error comes from, if it says so.
+pub(super) fn trouble(error: &(dyn Error + 'static)) -> Option<io::Error> {
+    number(error).map(io::Error::from).filter(is_trouble)
+}
+
+fn number(error: &(dyn Error + 'static)) -> Option<Errno> {
+    causes(error).find_map(|cause| Errno::from_io_error(cause.downcast_ref::<io::Error>()?))
+}
+
+/// The trouble that kept a connection from being opened, where the error does not say so itself.
 pub(super) async fn trouble_to_connect(
     error: &(dyn Error + Send + Sync + 'static),
     to: (&str, u16),
 ) -> Option<io::Error> {
-    let found = causes(error).find_map(|cause| Errno::from_io_error(cause.downcast_ref::<io::Error>()?));
-    if let Some(trouble) = found.map(io::Error::from).filter(is_trouble) {
-        return Some(trouble);
-    }
     // Who resolves names may not say why he could not.
     if let Err(trouble) = std::fs::File::open("/dev/null")
         && is_trouble(&trouble)
@@ -40,7 +45,7 @@ pub(super) async fn trouble_to_connect(
     }
     // "Cannot assign requested address" means that all ports towards there are taken, or that there is no way to such an address
     // from here at all, which is a mistake and stays one. UDP has ports of its own: it fails for the second reason only.
-    let no_port = found.filter(|errno| *errno == Errno::ADDRNOTAVAIL)?;
+    let no_port = number(error).filter(|errno| *errno == Errno::ADDRNOTAVAIL)?;
     let addresses = tokio::net::lookup_host(to).await.ok()?;
     for address in addresses {
         let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };

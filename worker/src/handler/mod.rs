@@ -27,6 +27,7 @@ use crate::config::{Kind, Route};
 use crate::store::{Change, Entry, Kept, Recorded, StoreError, Transactions};
 use futures_util::future::BoxFuture;
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -154,6 +155,12 @@ pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Outcome {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
     Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
+}
+
+/// Begins a call. What panics before there is a future has failed, too.
+pub(crate) fn begin(handler: &dyn Handler, call: Call) -> BoxFuture<'static, Outcome> {
+    catch_unwind(AssertUnwindSafe(|| handler.handle(call)))
+        .unwrap_or_else(|panic| Box::pin(std::future::ready(panicked(&*panic))))
 }
 
 /// Makes a route's handler. `processes` takes the events of all processes; `transactions` are asked for by those that need them.

@@ -9,8 +9,7 @@ use crate::trace::{self, Span};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use metrics::Histogram;
-use std::future::ready;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use warren_shared::delivery::{Action, Fact, State};
@@ -94,8 +93,7 @@ impl Pipeline {
         let (event, span) = trace::begin(event, &context);
         let kept = job.kept.clone();
         let call = Call { event, context, entry: job.entry(), kept };
-        let call = catch_unwind(AssertUnwindSafe(|| handler.handle(call)))
-            .unwrap_or_else(|panic| Box::pin(ready(handler::panicked(&*panic))));
+        let call = handler::begin(&**handler, call);
         let lane = job.ticket.place().lane;
         if run.attempt == 1
             && let Some(age) = job.lag()
@@ -252,10 +250,22 @@ mod tests {
     use crate::handler::{Outcome, Reply};
     use std::collections::BTreeMap;
 
-    fn span() -> Span {
+    /// Panics before there is a future, as `log` could.
+    struct Hasty;
+
+    impl handler::Handler for Hasty {
+        fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
+            panic!("event {}", call.event.id())
+        }
+    }
+
+    fn context() -> Context {
         let (partition, pool, limits) = ("p00".into(), "tests".into(), Default::default());
-        let context = Context { attempt: 1, timeout: BRIEF, partition, pool, limits };
-        trace::begin(warren_shared::Event::new("1", "/tests", "a.b").expect("valid"), &context).1
+        Context { attempt: 1, timeout: BRIEF, partition, pool, limits }
+    }
+
+    fn event() -> warren_shared::Event {
+        warren_shared::Event::new("1", "/tests", "a.b").expect("valid")
     }
 
     async fn done(waits: u32) -> Outcome {
@@ -277,10 +287,15 @@ mod tests {
             Box::pin(broken(0)),
             Box::pin(done(3)),
             Box::pin(broken(3)),
-            Box::pin(async { panic!("call {}", 5) }),
+            handler::begin(&Hasty, Call { event: event(), context: context(), entry: Default::default(), kept: None }),
             Box::pin(done(0)),
         ];
-        let started = |(id, call)| Started { id: id as Id, call, seconds: Histogram::noop(), span: span() };
+        let started = |(id, call)| Started {
+            id: id as Id,
+            call,
+            seconds: Histogram::noop(),
+            span: trace::begin(event(), &context()).1,
+        };
         let (tell, mut told) = mpsc::unbounded_channel();
         let (_interrupt, interrupted) = watch::channel(false);
         run(calls.into_iter().enumerate().map(started).collect(), tell, interrupted).await;
@@ -296,7 +311,7 @@ mod tests {
             }
         }
         let bug = "the handler panicked: a bug";
-        let wanted = ["done", bug, "done", bug, "the handler panicked: call 5", "done"];
+        let wanted = ["done", bug, "done", bug, "the handler panicked: event 1", "done"];
         assert_eq!(outcomes.into_values().collect::<Vec<_>>(), wanted);
     }
 }

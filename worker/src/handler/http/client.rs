@@ -86,9 +86,11 @@ impl Client {
     async fn broken(&self, error: &Error) -> Broken {
         let (host, port) = (self.uri.host().unwrap_or_default(), self.uri.port_u16());
         let port = port.unwrap_or(if self.uri.scheme_str() == Some("https") { 443 } else { 80 });
-        if error.is_connect()
-            && let Some(trouble) = local::trouble_to_connect(error, (host.trim_matches(['[', ']']), port)).await
-        {
+        let trouble = match local::trouble(error) {
+            None if error.is_connect() => local::trouble_to_connect(error, (host.trim_matches(['[', ']']), port)).await,
+            trouble => trouble,
+        };
+        if let Some(trouble) = trouble {
             return Broken::Here(trouble);
         }
         Broken::There(why(error, if error.is_connect() { "cannot connect" } else { BROKE }))
@@ -185,12 +187,18 @@ impl Line {
         }
         if !self.is_deaf {
             match ready!(write(Pin::new(&mut self.wire))) {
-                Ok(written) => return Poll::Ready(Ok(written)),
-                Err(_) => self.is_deaf = true,
+                Err(error) if is_gone(&error) => self.is_deaf = true,
+                written => return Poll::Ready(written),
             }
         }
         Poll::Ready(Ok(len))
     }
+}
+
+/// Whether nobody takes what is written any more.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
 }
 
 impl Read for Line {
@@ -219,8 +227,12 @@ impl Write for Line {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.is_deaf && ready!(Pin::new(&mut self.wire).poll_flush(cx)).is_err() {
-            self.is_deaf = true;
+        if self.is_deaf {
+            return Poll::Ready(Ok(()));
+        }
+        match ready!(Pin::new(&mut self.wire).poll_flush(cx)) {
+            Err(error) if is_gone(&error) => self.is_deaf = true,
+            flushed => return Poll::Ready(flushed),
         }
         Poll::Ready(Ok(()))
     }

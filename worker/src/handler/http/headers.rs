@@ -1,12 +1,8 @@
 //! Headers that a route gives its requests, some of them secrets from files, which are read again.
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use warren_publisher::secrets::Complaints;
 use warren_shared::secret::Secret;
-
-/// A file's value is used for so long before it is read again.
-const FRESH: Duration = Duration::from_secs(1);
 
 /// What Warren itself sets, or HTTP needs for its own ends.
 const OURS: [&str; 16] = [
@@ -69,35 +65,33 @@ struct State {
     /// The last good values.
     good: HeaderMap,
     complaints: Complaints,
-    read: Instant,
 }
 
 impl Headers {
     pub(super) fn new(all: Vec<Header>) -> Self {
         let good = all.iter().filter_map(|header| Some((header.name.clone(), legal(&header.value)?))).collect();
-        Self(Mutex::new(State { all, good, complaints: Complaints::default(), read: Instant::now() }))
+        Self(Mutex::new(State { all, good, complaints: Complaints::default() }))
     }
 
-    /// Adds them to a request's.
+    /// Adds them to a request's, with what is in their files now.
     pub(super) fn add_to(&self, head: &mut HeaderMap) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.read.elapsed() >= FRESH {
-            state.renew();
-        }
-        head.extend(state.good.clone());
+        head.extend(self.renewed().good.clone());
     }
 
-    /// Reads the files again now: a service refused the values. Returns whether one of `head` is another now.
+    /// Whether one of them is another now than a request had.
     pub(super) fn are_newer_than(&self, head: &HeaderMap) -> bool {
+        self.renewed().good.iter().any(|(name, value)| head.get(name) != Some(value))
+    }
+
+    fn renewed(&self) -> MutexGuard<'_, State> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.renew();
-        state.good.iter().any(|(name, value)| head.get(name) != Some(value))
+        state
     }
 }
 
 impl State {
     fn renew(&mut self) {
-        self.read = Instant::now();
         for Header { name, value } in &mut self.all {
             let Some(file) = value.file().cloned() else { continue };
             self.complaints.renew(value);
