@@ -2,6 +2,7 @@
 //!
 //! stderr may be a pipe that nobody reads, or a disk that hangs: whoever wrote to it directly would stop there, heartbeats and
 //! all. What does not fit into the buffer is dropped and counted. What is in it when the process is killed is lost.
+use std::any::Any;
 use std::io::{IsTerminal, Write};
 use std::panic::PanicHookInfo;
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -42,7 +43,7 @@ pub(crate) fn start(settings: &Settings) {
 }
 
 fn panicked(info: &PanicHookInfo<'_>) {
-    let text = info.payload_as_str().unwrap_or("it says nothing");
+    let text = panic_text(info.payload());
     let place = info.location().map(ToString::to_string).unwrap_or_default();
     let trace = std::backtrace::Backtrace::capture();
     if let std::backtrace::BacktraceStatus::Captured = trace.status() {
@@ -54,6 +55,13 @@ fn panicked(info: &PanicHookInfo<'_>) {
     if std::thread::current().name() == Some("main") {
         flush();
     }
+}
+
+/// What a panic says; nothing where it is no text.
+#[must_use]
+pub fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&'static str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or_default()
 }
 
 fn told(dropped: u64) {

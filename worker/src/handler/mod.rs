@@ -31,6 +31,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
+use warren_publisher::log::panic_text;
 use warren_shared::Message;
 use warren_shared::event::{Event, Limits, Unreadable};
 use warren_shared::structured::Defaults;
@@ -152,9 +153,7 @@ pub trait Handler: Send + Sync + 'static {
 
 /// What a panic in a handler's code means, ours or a function's: its event failed, and nothing else.
 pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Outcome {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
-    Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
+    Outcome::Retry { error: format!("the handler panicked: {}", panic_text(panic)), after: None }
 }
 
 /// Begins a call. What panics before there is a future has failed, too.
