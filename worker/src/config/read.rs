@@ -306,7 +306,8 @@ fn found(json: &Json) -> String {
         Json::Object(_) => "it is a table of fields".into(),
         Json::Array(items) => match items.iter().position(|item| !item.is_string()) {
             Some(place) => format!("of its list, item {}: {}", place + 1, found(&items[place])),
-            None => "it is a list".into(),
+            None if items.is_empty() => "it is an empty list".into(),
+            None => "it is a list of text".into(),
         },
     }
 }
