@@ -55,6 +55,7 @@ ENV WARREN_ADMIN_ADDR=0.0.0.0:9090
 USER 65532:65532
 EXPOSE 9090
 STOPSIGNAL SIGTERM
+# As PID 1 the worker reaps (docs/operations.md): no init is needed, also where handlers are programs.
 # The process itself, not the broker: what restarts unhealthy containers must not restart the fleet when the broker is away.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["/usr/local/bin/warren-worker", "healthcheck", "livez"]
 ENTRYPOINT ["/usr/local/bin/warren-worker"]

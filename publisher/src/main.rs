@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use warren_publisher::lines::Reading;
+use warren_publisher::log::say;
 use warren_publisher::outbox::Table;
 use warren_publisher::postgres::Postgres;
 use warren_publisher::process::{self, Spare, exit};
@@ -161,7 +162,7 @@ async fn run_relay(settings: &Settings, arguments: Relay) -> anyhow::Result<Exit
     let (published, refused) = (account.published, account.refused);
     process::print(&serde_json::json!({"published": published, "refused": refused, "seconds": seconds}).to_string())?;
     if let Some(left @ 1..) = account.left {
-        eprintln!("left in the table: {}", process::count(left as usize, "row"));
+        say(format_args!("left in the table: {}", process::count(left as usize, "row")));
     }
     let done = until == Until::Stopped || account.left == Some(0);
     Ok(if done { ExitCode::SUCCESS } else { ExitCode::from(exit::FAILED) })

@@ -1,9 +1,11 @@
 //! What both binaries do before and after their work: environment, log, exit code.
 use crate::broker;
+use crate::log::{self, say};
 use crate::postgres::Postgres;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use warren_shared::env::{Database, Given, LogFormat, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use warren_shared::env::{Database, Given, Mistake, Reader, Settings, VARIABLES, Variable, unknown};
 use warren_shared::secret::of_file;
 
 /// Exit codes by sysexits(3): scripts rely on them.
@@ -73,7 +75,7 @@ pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode>
     });
     match read {
         Ok((map, settings)) => {
-            log(&settings);
+            log::start(&settings);
             for name in unknown(&map) {
                 tracing::warn!(variable = name, "{name} is not a variable of Warren, it changes nothing: see --help");
             }
@@ -121,6 +123,7 @@ where
     let result = runtime.block_on(command);
     // A thread that reads a terminal does not end by itself.
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    log::flush();
     result
 }
 
@@ -131,8 +134,15 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
-    ExitCode::from(code(error))
+    fail_with(error, code(error))
+}
+
+/// Prints an error with its causes; the process ends with this code.
+#[must_use]
+pub fn fail_with(error: &anyhow::Error, code: u8) -> ExitCode {
+    say(format_args!("error: {error:#}"));
+    log::flush();
+    ExitCode::from(code)
 }
 
 fn code(error: &anyhow::Error) -> u8 {
@@ -161,28 +171,74 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS }
 }
 
-/// Turns true at the first interrupt or SIGTERM; the second ends the process.
+/// The signals that ask a process to end.
+#[derive(Debug)]
+pub struct Requests {
+    term: Signal,
+    int: Signal,
+    /// None where it was ignored when the process began, as `nohup` has it.
+    hup: Option<Signal>,
+    is_first: bool,
+}
+
+impl Requests {
+    /// Listens to them; from here on none of them ends the process by itself.
+    ///
+    /// # Errors
+    /// The operating system refuses.
+    pub fn listen() -> std::io::Result<Self> {
+        let hup = if ignores_hangup() { None } else { Some(signal(SignalKind::hangup())?) };
+        let (term, int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { term, int, hup, is_first: true })
+    }
+
+    /// Waits for the next SIGTERM or SIGINT, or for SIGHUP where nobody asked before: both the shell and the kernel send that
+    /// where a terminal is closed, and it never means more than a first request.
+    pub async fn next(&mut self) {
+        loop {
+            let Self { term, int, hup, is_first } = self;
+            let hung_up = async {
+                match hup {
+                    Some(hup) => hup.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let counts = tokio::select! {
+                _ = term.recv() => true,
+                _ = int.recv() => true,
+                _ = hung_up => *is_first,
+            };
+            *is_first = false;
+            if counts {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether SIGHUP was ignored when this process began.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
+}
+
+/// Turns true at the first request to end; the second ends the process.
 #[must_use]
 pub fn interrupted() -> tokio::sync::watch::Receiver<bool> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (tell, stop) = tokio::sync::watch::channel(false);
     // Before anything else is done: without them a signal ends the process wherever it is.
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let requests = Requests::listen();
     tokio::spawn(async move {
-        let (Ok(mut term), Ok(mut int)) = signals else {
+        let Ok(mut requests) = requests else {
             // A channel that is closed would look like one that has told.
             return std::mem::forget(tell);
         };
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        }
+        requests.next().await;
         tell.send_replace(true);
         // The second one does not wait for answers.
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        }
+        requests.next().await;
+        log::flush();
         std::process::exit(i32::from(exit::FAILED));
     });
     stop
@@ -203,29 +259,6 @@ pub fn print(line: &str) -> std::io::Result<()> {
 #[must_use]
 pub fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
-}
-
-/// The AMQP library prints returned messages, bodies and all, that of PostgreSQL parameters: what begins so is never logged.
-const SILENT: [&str; 5] = ["lapin", "amq_protocol", "async_rs", "tokio_postgres", "deadpool"];
-
-fn log(settings: &Settings) {
-    use tracing_subscriber::filter::filter_fn;
-    use tracing_subscriber::layer::SubscriberExt;
-    use tracing_subscriber::util::SubscriberInitExt;
-    use tracing_subscriber::{EnvFilter, fmt, registry};
-    let filter = EnvFilter::try_new(&settings.rust_log).unwrap_or_else(|_| EnvFilter::new("info"));
-    // Not as directives, of which the most special one holds: `lapin::channel=trace` would be heard.
-    let told = filter_fn(|metadata| !SILENT.iter().any(|silent| metadata.target().starts_with(silent)));
-    let registry = registry().with(filter).with(told);
-    let layer = fmt::layer().with_writer(std::io::stderr);
-    // A second start in one process (tests) keeps the first.
-    let _ = match settings.log_format {
-        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init(),
-        LogFormat::Text => {
-            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(layer.with_target(false).with_ansi(ansi)).try_init()
-        }
-    };
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@ use warren_shared::secret::of_file;
 
 /// What was complained about and has not been set right: each is said once.
 #[derive(Debug, Default)]
-pub(crate) struct Complaints(BTreeSet<String>);
+pub struct Complaints(BTreeSet<String>);
 
 impl Complaints {
     /// Reads a secret's file again. While that cannot be done, its last value stays.
-    pub(crate) fn renew(&mut self, secret: &mut Secret) {
+    pub fn renew(&mut self, secret: &mut Secret) {
         let Some(file) = secret.file().cloned() else { return };
         // A few lines of a local file, and only before a connection is made: no thread is worth it.
         let why = match std::fs::read_to_string(&file.path) {
@@ -28,14 +28,14 @@ impl Complaints {
     }
 
     /// Warns of what keeps the new values from being used, unless that was said already.
-    pub(crate) fn say(&mut self, variable: &str, problem: &str) {
+    pub fn say(&mut self, variable: &str, problem: &str) {
         if self.0.insert(variable.to_owned()) {
             tracing::warn!(variable, "{variable}: {problem}; the last good value stays in use");
         }
     }
 
     /// The new values are good.
-    pub(crate) fn settle(&mut self, variable: &str) {
+    pub fn settle(&mut self, variable: &str) {
         self.0.remove(variable);
     }
 }

@@ -1,6 +1,7 @@
 //! `send`: lines in, confirmed messages out, and an account of every line. Memory stays flat for any size of input.
 use crate::broker::Broker;
 use crate::lines::{self, Line, Reading};
+use crate::log::say;
 use crate::publish::{Health, Options, Outcome, Publisher, Refused};
 use crate::seal::Seal;
 use anyhow::Context;
@@ -303,7 +304,10 @@ impl Collector {
             rejects.flush().context("cannot write the rejects")?;
         }
         if !self.account.ended && *stop.borrow() {
-            eprintln!("interrupted after {} lines: sending the same input again is harmless", self.account.read);
+            say(format_args!(
+                "interrupted after {} lines: sending the same input again is harmless",
+                self.account.read
+            ));
         }
         match broken {
             Some(error) => Err(error).context("the input cannot be read any further"),
@@ -321,10 +325,10 @@ impl Collector {
         };
         self.shown += 1;
         if self.shown <= SHOWN {
-            self.screen.bar.suspend(|| eprintln!("line {}: {error}", line.number));
+            self.screen.bar.suspend(|| say(format_args!("line {}: {error}", line.number)));
         } else if self.shown == SHOWN + 1 {
             let hint = if self.rejects.is_some() { "" } else { " (--rejects FILE keeps them all)" };
-            self.screen.bar.suspend(|| eprintln!("more lines are refused{hint}"));
+            self.screen.bar.suspend(|| say(format_args!("more lines are refused{hint}")));
         }
         if let Some(rejects) = &mut self.rejects {
             let input = String::from_utf8_lossy(&line.text);
@@ -362,9 +366,9 @@ impl Screen {
 /// Says once when publishing stalls and why, and once when it goes on.
 async fn report(health: tokio::sync::watch::Receiver<Health>, bar: ProgressBar) {
     let tell = |now: &Health| match now {
-        Health::Open => eprintln!("publishing goes on"),
-        Health::Connecting => eprintln!("the connection is lost: connecting again, nothing is lost meanwhile"),
-        Health::Blocked(why) => eprintln!("the broker blocks publishing ({why}): waiting until it clears"),
+        Health::Open => say("publishing goes on"),
+        Health::Connecting => say("the connection is lost: connecting again, nothing is lost meanwhile"),
+        Health::Blocked(why) => say(format_args!("the broker blocks publishing ({why}): waiting until it clears")),
     };
     Health::follow(health, |now| bar.suspend(|| tell(now))).await;
 }

@@ -382,7 +382,12 @@ fn choice<T: Copy, const N: usize>(value: &str, options: [(&str, T); N]) -> Resu
 fn number<T: std::str::FromStr + PartialOrd + fmt::Display>(value: &str, min: T, max: T) -> Result<T, String> {
     match value.parse() {
         Ok(n) if n >= min && n <= max => Ok(n),
-        _ => Err(format!("'{value}' is not a number from {min} to {max}")),
+        _ => {
+            let unit = value.trim_start_matches(|c: char| c.is_ascii_digit());
+            let has_unit = unit.len() < value.len() && unit.trim_start().starts_with(|c: char| c.is_alphabetic());
+            let cure = if has_unit { ": write the number alone, without a unit" } else { "" };
+            Err(format!("'{value}' is not a number from {min} to {max}{cure}"))
+        }
     }
 }
 
@@ -391,7 +396,12 @@ fn number<T: std::str::FromStr + PartialOrd + fmt::Display>(value: &str, min: T,
 /// # Errors
 /// Says how a duration is written.
 pub fn duration(value: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{value}' is not a duration such as 250ms, 10s, 5m, 1h or 7d");
+    let wrong = || match value.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => {
+            format!("'{value}' has no unit: write {value}s for seconds, or ms, m, h or d in place of s")
+        }
+        _ => format!("'{value}' is not a duration such as 250ms, 10s, 5m, 1h or 7d"),
+    };
     // jiff knows no days in absolute time: a day here is 24 hours.
     let parsed = match value.strip_suffix('d').map(str::parse::<u32>) {
         Some(Ok(days)) => Duration::from_secs(u64::from(days) * 86_400),
@@ -489,9 +499,18 @@ mod tests {
         for (text, millis) in [("250ms", 250), ("10s", 10_000), ("1h30m", 5_400_000), ("7d", 604_800_000)] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
-        for text in ["", "0s", "-5s", "5", "d", "999999d"] {
-            assert!(duration(text).is_err(), "{text}");
+        for text in ["", "0s", "-5s", "0", "-5", "inf", "nan", "d", "999999d"] {
+            assert!(duration(text).expect_err(text).contains("not a duration such as 250ms"), "{text}");
         }
+        for text in ["5", "90", "1.5"] {
+            let error = duration(text).expect_err("no unit");
+            assert!(error.starts_with(&format!("'{text}' has no unit: write {text}s for seconds")), "{error}");
+        }
+        for size in ["16MiB", "16 MB", "4k"] {
+            let error = number(size, 1_usize, 9).expect_err("a unit");
+            assert_eq!(error, format!("'{size}' is not a number from 1 to 9: write the number alone, without a unit"));
+        }
+        assert_eq!(number("x", 1_usize, 9), Err("'x' is not a number from 1 to 9".into()));
     }
 
     #[test]

@@ -31,5 +31,6 @@ mod secrets;
 mod sending;
 mod startup;
 mod storage;
+mod surroundings;
 mod tls;
 mod traces;

@@ -284,19 +284,24 @@ async fn an_interrupt_prints_the_account_of_what_was_sent() -> anyhow::Result<()
 
 #[tokio::test]
 async fn an_interrupt_before_the_first_line_ends_it_too() -> anyhow::Result<()> {
-    let lab = Lab::new("publishing-interrupt-idle")?;
-    exchange(&lab, "there", &[("order.#", "classic", 0)]).await?;
-    let mut child = streaming(&lab, &["--exchange", "there"])?;
-    let stdin = child.stdin.take();
-    let pid = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())).context("it runs")?;
-    until("it is connected", PATIENCE, || lab.connections("send").is_ok_and(|names| !names.is_empty())).await?;
-    rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
-    let output =
-        tokio::time::timeout(Duration::from_secs(20), child.wait_with_output()).await.context("it still runs")??;
-    drop(stdin);
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    let account: Value = serde_json::from_str(stdout.lines().last().with_context(|| stderr.clone().into_owned())?)?;
-    ensure!(account["read"] == json!(0), "{account} {stderr}");
+    use rustix::process::Signal;
+    // A terminal that goes is no other matter.
+    for (name, signal) in [("publishing-interrupt-idle", Signal::INT), ("publishing-hangup-idle", Signal::HUP)] {
+        let lab = Lab::new(name)?;
+        exchange(&lab, "there", &[("order.#", "classic", 0)]).await?;
+        let mut child = streaming(&lab, &["--exchange", "there"])?;
+        let stdin = child.stdin.take();
+        let pid = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())).context("it runs")?;
+        until("it is connected", PATIENCE, || lab.connections("send").is_ok_and(|names| !names.is_empty())).await?;
+        rustix::process::kill_process(pid, signal)?;
+        let output = tokio::time::timeout(Duration::from_secs(20), child.wait_with_output())
+            .await
+            .context("it still runs")??;
+        drop(stdin);
+        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let account: Value = serde_json::from_str(stdout.lines().last().with_context(|| stderr.clone().into_owned())?)?;
+        ensure!(account["read"] == json!(0), "{account} {stderr}");
+    }
     Ok(())
 }
 

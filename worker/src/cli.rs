@@ -3,6 +3,7 @@ use crate::admin;
 use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::fleet::JoinError;
+use crate::init;
 use crate::process::{Instances, Order, Shown, Style, draw};
 use crate::shutdown;
 use crate::status;
@@ -27,7 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the worker; SIGTERM drains it, a second one interrupts what runs
+    /// Run the worker; SIGTERM, SIGINT or SIGHUP drains it, a second SIGTERM or SIGINT interrupts what runs
     Run,
     /// Check configuration, routes, processes, store, broker and topology; report all problems at once. Declares nothing; a store
     /// that is not there yet is made
@@ -188,6 +189,9 @@ pub fn main_with(add: impl FnOnce(&Settings, Builder) -> anyhow::Result<Builder>
         Ok(cli) => cli,
         Err(error) => return process::usage(&error),
     };
+    if matches!(cli.command, Command::Run) && init::is_due() {
+        return init::run().unwrap_or_else(|error| process::fail(&error.into()));
+    }
     let settings = match process::settings(Reader::Worker) {
         Ok(settings) => settings,
         Err(code) => return code,
@@ -234,13 +238,9 @@ fn end(ran: anyhow::Result<ExitCode>) -> ExitCode {
     match ran {
         Ok(code) => code,
         Err(error) if error.is::<crate::store::StoreError>() || error.is::<JoinError>() => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit::UNAVAILABLE)
+            process::fail_with(&error, exit::UNAVAILABLE)
         }
-        Err(error) if error.is::<Conflict>() => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit::USAGE)
-        }
+        Err(error) if error.is::<Conflict>() => process::fail_with(&error, exit::USAGE),
         Err(error) => process::fail(&error),
     }
 }

@@ -23,6 +23,7 @@ pub mod dead;
 mod fault;
 pub mod fleet;
 pub mod handler;
+mod init;
 mod job;
 mod jq;
 mod load;

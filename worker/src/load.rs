@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
+use warren_publisher::log;
 use warren_publisher::publish::Health;
 use warren_shared::load::{Count, Load, Window};
 use warren_shared::topology::Topology;
@@ -24,6 +25,8 @@ pub(crate) struct Gauges {
     /// The dead and the unrouted queue.
     nets: [String; 2],
     window: Window,
+    /// Log lines whose loss is counted.
+    lost: u64,
 }
 
 impl Gauges {
@@ -36,7 +39,7 @@ impl Gauges {
     ) -> Self {
         metrics::set(names::CAPACITY, capacity as f64);
         let window = Window::new(capacity, work_off.as_secs_f64());
-        Self { vitals, orders, nets: [topology.dead(), topology.unrouted()], window }
+        Self { vitals, orders, nets: [topology.dead(), topology.unrouted()], window, lost: 0 }
     }
 
     /// Until the loop has ended.
@@ -66,10 +69,12 @@ impl Gauges {
     }
 
     /// What the process knows by itself.
-    fn look(&self) {
+    fn look(&mut self) {
         let Vitals { subscriptions, publisher, draining, .. } = &self.vitals;
         metrics::count(names::BLOCKED, u64::from(*publisher.borrow() != Health::Open));
         metrics::set(names::DRAINING, f64::from(u8::from(draining.load(Ordering::Relaxed))));
+        let lost = log::dropped();
+        metrics::count(names::LOG_DROPPED, lost - std::mem::replace(&mut self.lost, lost));
         metrics::set(names::PROVED, subscriptions.proved() as f64 / 1000.0);
     }
 

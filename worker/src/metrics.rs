@@ -45,6 +45,7 @@ pub mod names {
     pub const RECONNECTS: &str = "warren_reconnects_total";
     pub const SILENCES: &str = "warren_silences_total";
     pub const PROVED: &str = "warren_last_consumption_timestamp_seconds";
+    pub const LOG_DROPPED: &str = "warren_log_dropped_total";
     pub const DEAD_LETTERS: &str = "warren_dead_letters";
     pub const UNROUTED: &str = "warren_unrouted";
     pub const CAPACITY: &str = "warren_capacity";
@@ -126,6 +127,7 @@ pub const METRICS: &[Metric] = &[
     row(Kind::Counter, n::RECONNECTS, &[], "subscriptions that ended and were opened again"),
     row(Kind::Counter, n::SILENCES, &[], "subscriptions to which the broker delivered nothing although events waited: they were replaced"),
     row(Kind::Gauge, n::PROVED, &[], "when it last had proof that it consumes: a delivery came, or its queue was seen empty; seconds since 1970"),
+    row(Kind::Counter, n::LOG_DROPPED, &[], "log lines that were dropped, as nobody read stderr as fast as they came"),
     row(Kind::Gauge, n::DEAD_LETTERS, &[], "what waits in the pool's dead queue; every worker sees the same"),
     row(Kind::Gauge, n::UNROUTED, &[], "what waits in the pool's unrouted queue, which must stay empty; every worker sees the same"),
     row(Kind::Gauge, n::CAPACITY, &[], "handlers that it may run at once"),

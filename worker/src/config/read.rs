@@ -119,7 +119,17 @@ impl Node {
         Vec::new()
     }
 
-    fn json(self) -> Json {
+    /// A scalar's text; else the node again.
+    pub(super) fn scalar(self) -> Result<String, Self> {
+        match self.value {
+            Value::Scalar(Json::String(text)) => Ok(text),
+            Value::Scalar(scalar @ (Json::Bool(_) | Json::Number(_))) => Ok(scalar.to_string()),
+            _ => Err(self),
+        }
+    }
+
+    /// It as JSON.
+    pub(super) fn json(self) -> Json {
         match self.value {
             Value::Scalar(scalar) => scalar,
             Value::List(nodes) => nodes.into_iter().map(Self::json).collect(),
@@ -165,6 +175,11 @@ impl<'m> Table<'m> {
         &self.what
     }
 
+    /// Where its mistakes are noted.
+    pub(super) fn mistakes(&self) -> &'m Mistakes {
+        self.mistakes
+    }
+
     /// The line of a field; the table's where the field is not there.
     pub(super) fn line(&self, name: &str) -> u64 {
         self.fields.iter().find(|field| field.name == name).map_or(self.line, |field| field.line)
@@ -207,23 +222,39 @@ impl<'m> Table<'m> {
     /// Takes a field as a type; `what` says of what kind it has to be.
     pub(super) fn get<T: DeserializeOwned>(&mut self, name: &'static str, what: &str) -> Option<T> {
         let json = self.take(name)?.json();
-        serde_json::from_value(json).map_err(|error| self.mistake(name, format!("is not {what}: {error}"))).ok()
+        let found = found(&json);
+        serde_json::from_value(json).map_err(|_| self.mistake(name, format!("is not {what}: {found}"))).ok()
     }
 
     /// Takes a number within limits.
     pub(super) fn number(&mut self, name: &'static str, limits: RangeInclusive<u32>) -> Option<u32> {
         let what = format!("a number from {} to {}", limits.start(), limits.end());
-        let number = self.get::<u32>(name, &what)?;
-        if limits.contains(&number) {
-            return Some(number);
+        let json = self.take(name)?.json();
+        let number =
+            json.as_u64().and_then(|number| u32::try_from(number).ok()).filter(|number| limits.contains(number));
+        if number.is_none() {
+            self.mistake(
+                name,
+                match &json {
+                    Json::Number(number) => format!("is {number}, not {what}"),
+                    other => format!("is not {what}: {}", found(other)),
+                },
+            );
         }
-        self.mistake(name, format!("is {number}, not {what}"));
-        None
+        number
     }
 
     /// Takes a duration.
     pub(super) fn time(&mut self, name: &'static str) -> Option<Duration> {
-        let text = self.get::<String>(name, "a duration such as 10s")?;
+        let text = match self.take(name)?.json() {
+            Json::String(text) => text,
+            // It is told which unit it lacks.
+            Json::Number(number) => number.to_string(),
+            other => {
+                self.mistake(name, format!("is not a duration such as 10s: {}", found(&other)));
+                return None;
+            }
+        };
         duration(&text).map_err(|error| self.mistake(name, format!("is wrong: {error}"))).ok()
     }
 
@@ -261,6 +292,23 @@ impl<'m> Table<'m> {
                 format!("'{}{}' is unknown{hint}; known are: {}", self.path, field.name, self.known.join(", "));
             self.note(field.line, problem);
         }
+    }
+}
+
+/// What stands where something else is wanted, and what may help.
+fn found(json: &Json) -> String {
+    match json {
+        Json::Null => "it is empty".into(),
+        Json::Bool(flag) => format!("it is the flag {flag} (in quotes it would be text)"),
+        Json::Number(number) => format!("it is the number {number} (in quotes it would be text)"),
+        Json::String(text) if text.parse::<f64>().is_ok() => "it is text (without quotes it would be a number)".into(),
+        Json::String(_) => "it is text".into(),
+        Json::Object(_) => "it is a table of fields".into(),
+        Json::Array(items) => match items.iter().position(|item| !item.is_string()) {
+            Some(place) => format!("of its list, item {}: {}", place + 1, found(&items[place])),
+            None if items.is_empty() => "it is an empty list".into(),
+            None => "it is a list of text".into(),
+        },
     }
 }
 

@@ -1,7 +1,7 @@
 //! `routes:`, one table each.
 use super::read::{Mistakes, Node, Table};
 use super::{TIMEOUT, too_long};
-use crate::handler::{Endpoint, Gathering, InTx, Rust};
+use crate::handler::{Endpoint, Gathering, Header, HttpService, InTx, RETRY_ON, Rust};
 use crate::jq::Jq;
 use serde_json::Value as Json;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use warren_shared::env::Settings;
 use warren_shared::pattern::Pattern;
 use warren_shared::process::wire;
 use warren_shared::retry::Policy;
+use warren_shared::secret::{File, Secret, of_file};
 
 /// A route.
 #[derive(Clone, Debug)]
@@ -38,7 +39,7 @@ pub enum Kind {
     /// By a long-lived program.
     Exec(Command),
     /// By an HTTP service.
-    Http(Endpoint),
+    Http(HttpService),
     /// By a line in the log.
     Log,
     /// By an event of this type.
@@ -229,9 +230,7 @@ impl Kind {
         }
         let argv = table.get::<Vec<String>>("exec", "a list of program and arguments");
         let processes = table.number("processes", 1..=256).map_or(1, |n| n as usize);
-        let http = table
-            .get::<String>("http", "a URL")
-            .and_then(|url| Endpoint::parse(&url).map_err(|why| table.mistake("http", why)).ok().map(Self::Http));
+        let http = service(table).map(Self::Http);
         let log = table.take("log").map(|_| Self::Log);
         let emit = event_type(table).map(Self::Emit);
         let gather = gathering(table, settings).map(|gathering| Self::Gather(Arc::new(gathering)));
@@ -244,6 +243,52 @@ impl Kind {
             None => http.or(log).or(emit).or(gather),
         }
     }
+}
+
+/// `http:` and what stands beside it.
+fn service(table: &mut Table<'_>) -> Option<HttpService> {
+    for name in ["retry_on", "headers"].into_iter().filter(|name| table.has(name) && !table.has("http")) {
+        table.mistake(name, "is for HTTP services: it stands only beside 'http'");
+    }
+    let retry_on = table.get::<Vec<u16>>("retry_on", "a list of statuses, such as [404, 409]");
+    if let Some(other) = retry_on.iter().flatten().find(|status| !(400..=499).contains(*status)) {
+        table.mistake(
+            "retry_on",
+            format!("names {other}, and only 400 to 499 are to be chosen: 5xx is always tried again"),
+        );
+    }
+    let headers = headers(table);
+    let url = table.get::<String>("http", "a URL")?;
+    let endpoint = Endpoint::parse(&url).map_err(|why| table.mistake("http", why)).ok()?;
+    Some(HttpService { endpoint, retry_on: retry_on.unwrap_or_else(|| RETRY_ON.into()), headers })
+}
+
+/// The field `headers`: each has a value, or the file that holds it.
+fn headers(table: &mut Table<'_>) -> Vec<Header> {
+    let Some(node) = table.take("headers") else { return Vec::new() };
+    let mut headers = Vec::new();
+    for (name, line, node) in node.entries("'headers'", table.mistakes()) {
+        let what = format!("{}: 'headers.{name}'", table.what());
+        let wrong = |problem: String| table.mistakes().note(line, format!("{what} {problem}"));
+        let secret = match node.scalar() {
+            Ok(value) => Some(Secret::new(value)),
+            Err(node) => Table::of(node, what.clone(), table.mistakes()).and_then(|mut inner| {
+                let path = inner.need::<String>("file", "the file that holds the value");
+                inner.finish();
+                let path = path?;
+                let read =
+                    std::fs::read_to_string(&path).map_err(|error| wrong(format!("cannot read '{path}': {error}")));
+                let file = File { variable: format!("headers.{name} ({path})"), path };
+                Some(Secret::new(of_file(&read.ok()?)).of(Some(file)))
+            }),
+        };
+        match secret.map(|secret| Header::new(&name, secret)) {
+            Some(Ok(header)) => headers.push(header),
+            Some(Err(problem)) => wrong(problem),
+            None => {}
+        }
+    }
+    headers
 }
 
 fn gathering(table: &mut Table<'_>, settings: &Settings) -> Option<Gathering> {
@@ -364,7 +409,8 @@ mod tests {
         let route = |url: &str| read(&format!("routes: [{{on: a.b, http: '{url}', timeout: 5s}}]"));
         for url in ["http://payments:8080/charge", "https://pay.example?team=7", "http://[::1]:80/"] {
             let routes = route(url).expect(url);
-            let Some(Kind::Http(endpoint)) = routes.get(0).map(|route| &route.kind) else { panic!("{url}") };
+            let Some(Kind::Http(service)) = routes.get(0).map(|route| &route.kind) else { panic!("{url}") };
+            let endpoint = &service.endpoint;
             assert!(!format!("{endpoint} {endpoint:?}").contains("team"), "a query may hold a secret");
         }
         for (url, wanted) in [
@@ -397,6 +443,103 @@ mod tests {
                 && mistakes[0].contains("WARREN_RETENTION"),
             "{mistakes:?}"
         );
+    }
+
+    #[test]
+    fn what_stands_beside_a_service_is_read_and_no_secret_is_told() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "Bearer hidden\n").expect("written");
+        let path = file.path().display();
+        let service = |fields: &str| -> Result<HttpService, Vec<String>> {
+            let routes = read(&format!("routes:\n  - on: a.b\n    http: http://pay/\n    {fields}\n"))?;
+            match routes.get(0).map(|route| route.kind.clone()) {
+                Some(Kind::Http(service)) => Ok(service),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(service("timeout: 5s").expect("valid").retry_on, [409]);
+        assert_eq!(service("retry_on: []").expect("valid").retry_on, [0; 0]);
+        let all = format!(
+            "retry_on: [404, 423]\n    headers: {{Authorization: {{file: '{path}'}}, X-Tenant: 7, x-team: blue}}"
+        );
+        let all = service(&all).expect("valid");
+        assert_eq!((all.retry_on.as_slice(), all.headers.len()), (&[404, 423][..], 3));
+        assert!(!format!("{all:?}").contains("hidden") && !format!("{all:?}").contains("blue"), "{all:?}");
+
+        std::fs::write(file.path(), "hid\nden").expect("written");
+        for (fields, wanted) in [
+            (
+                "retry_on: 409",
+                "4: route 1 (on: a.b): 'retry_on' is not a list of statuses, such as [404, 409]: it is the number 409",
+            ),
+            ("retry_on: [200]", "4: route 1 (on: a.b): 'retry_on' names 200, and only 400 to 499 are"),
+            (
+                "retry_on: ['409']",
+                "4: route 1 (on: a.b): 'retry_on' is not a list of statuses, such as [404, 409]: it is a list of text",
+            ),
+            ("retry_on: [4xx]", "4: route 1 (on: a.b): 'retry_on' is not a list of statuses"),
+            ("headers: {ce-id: x}", "4: route 1 (on: a.b): 'headers.ce-id' is set by Warren"),
+            ("headers: {Content-Length: 5}", "4: route 1 (on: a.b): 'headers.Content-Length' is set by Warren"),
+            ("headers: {a b: x}", "4: route 1 (on: a.b): 'headers.a b' is no name of a header"),
+            ("headers: {a: ''}", "4: route 1 (on: a.b): 'headers.a' has a value that no header can have"),
+            ("headers: {a: {fil: x}}", "4: route 1 (on: a.b): 'headers.a': 'file' is missing: name the file"),
+            (
+                "headers: {a: {file: /no/such}}",
+                "4: route 1 (on: a.b): 'headers.a' cannot read '/no/such': No such file",
+            ),
+            ("headers: {a: [x]}", "4: route 1 (on: a.b): 'headers.a' is not a table of fields"),
+            ("headers: x", "4: 'headers' is not a table of fields"),
+            (
+                &format!("headers: {{a: {{file: '{path}'}}}}"),
+                "4: route 1 (on: a.b): 'headers.a' has a value that no header",
+            ),
+        ] {
+            let mistakes: Vec<String> = service(fields).expect_err(fields);
+            assert!(mistakes[0].starts_with(&format!("WARREN_ROUTES:{wanted}")), "{fields}: {mistakes:?}");
+            assert!(!mistakes[0].contains("den"), "{fields}: {mistakes:?}");
+        }
+        for name in ["retry_on: [409]", "headers: {a: b}"] {
+            let mistakes = read(&format!("routes:\n  - on: a\n    log: {{}}\n    {name}\n")).expect_err(name);
+            assert!(mistakes.len() == 1 && mistakes[0].contains("it stands only beside 'http'"), "{mistakes:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_another_kind_is_told_with_what_helps_and_not_with_a_reader_s_words() {
+        for (route, wanted) in [
+            (
+                "on: a, log: {}, timeout: 90",
+                "'timeout' is wrong: '90' has no unit: write 90s for seconds, or ms, m, h or d",
+            ),
+            ("on: a, log: {}, timeout: 1.5", "'timeout' is wrong: '1.5' has no unit: write 1.5s"),
+            ("on: a, log: {}, timeout: '90'", "'timeout' is wrong: '90' has no unit: write 90s"),
+            ("on: a, log: {}, timeout: -5", "'timeout' is wrong: '-5' is not a duration such as 250ms, 10s"),
+            ("on: a, log: {}, timeout: [5s]", "'timeout' is not a duration such as 10s: it is a list of text"),
+            ("on: a, log: {}, timeout: ", "'timeout' is not a duration such as 10s: it is empty"),
+            ("on: a, log: {}, retry: {backoff: 2}", "'retry.backoff' is wrong: '2' has no unit: write 2s"),
+            ("on: a, gather: {emit: b, deadline: 30}", "'gather.deadline' is wrong: '30' has no unit: write 30s"),
+            (
+                "on: a, log: {}, concurrency: '4'",
+                "'concurrency' is not a number from 1 to 65535: it is text (without quotes it would be a number)",
+            ),
+            ("on: a, log: {}, concurrency: -1", "'concurrency' is -1, not a number from 1 to 65535"),
+            (
+                "on: a, exec: [sleep, 5]",
+                "'exec' is not a list of program and arguments: of its list, item 2: it is the number 5 (in quotes it would be text)",
+            ),
+            ("on: a, emit: true", "'emit' is not an event type: it is the flag true (in quotes it would be text)"),
+            ("on: a, log: {}, concurrency: 99999999999", "'concurrency' is 99999999999, not a number from 1 to 65535"),
+            ("on: a, log: {}, concurrency: 2.5", "'concurrency' is 2.5, not a number from 1 to 65535"),
+            (
+                "on: a, log: {}, retry: {attempts: many}",
+                "'retry.attempts' is not a number from 1 to 1000000: it is text",
+            ),
+            ("on: a, http: {url: x}", "'http' is not a URL: it is a table of fields"),
+        ] {
+            let mistakes = read(&format!("routes: [{{{route}}}]")).expect_err(route);
+            assert!(mistakes.iter().any(|mistake| mistake.contains(wanted)), "{route}: {mistakes:?}");
+            assert!(mistakes.iter().all(|mistake| !mistake.contains("expected")), "{route}: {mistakes:?}");
+        }
     }
 
     #[test]

@@ -5,10 +5,12 @@
 //! attempt; where nobody knows, each suspect runs alone.
 use super::line::{self, Answer, Named};
 use super::program::{Held, Out, Program};
-use super::{Call, Handler, Outcome};
+use super::{Call, Handler, Outcome, local, panicked};
 use crate::config::Command;
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -94,7 +96,7 @@ impl Exec {
         let open = |_| {
             let (calls, queue) = mpsc::unbounded_channel();
             let gauge = Arc::<Gauge>::default();
-            let slot = Slot {
+            let mut slot = Slot {
                 argv: command.argv.clone(),
                 name: name.clone(),
                 calls: queue,
@@ -110,7 +112,13 @@ impl Exec {
                 noise: [0; 2],
                 deaths: 0,
             };
-            tokio::spawn(slot.run());
+            tokio::spawn(async move {
+                // Its calls fail, and those that come after them find it at work again.
+                while let Err(panic) = AssertUnwindSafe(slot.run()).catch_unwind().await {
+                    slot.held.take_all().into_values().for_each(|asked| asked.tell(panicked(&*panic)));
+                    sleep(FIRST).await;
+                }
+            });
             Door { calls, gauge }
         };
         Self { doors: (0..command.processes).map(open).collect(), closing }
@@ -190,7 +198,7 @@ struct Slot {
 }
 
 impl Slot {
-    async fn run(mut self) {
+    async fn run(&mut self) {
         loop {
             match Program::start(&self.argv, &self.name) {
                 Ok(mut program) => match self.serve(&mut program).await {
@@ -200,6 +208,15 @@ impl Slot {
                     }
                     end => self.bury(program, end).await,
                 },
+                // Who waits goes on waiting: the program may be all right.
+                Err(trouble) if local::is_trouble(&trouble) => {
+                    self.gauge.troubled.store(true, Relaxed);
+                    let what = format!("cannot start '{}'", self.name);
+                    tokio::select! {
+                        () = local::wait_for_it_to_pass(&what, &trouble) => {}
+                        () = closed(&mut self.closing) => return,
+                    }
+                }
                 Err(error) => self.refuse(&error),
             }
             let doubled = FIRST.saturating_mul(1 << self.deaths.saturating_sub(1).min(16));
@@ -260,10 +277,17 @@ impl Slot {
                 break;
             };
             // Its caller may have left.
-            if !asked.tell.is_closed() {
-                self.longest = self.longest.max(asked.call.context.limits.body.saturating_add(AROUND));
-                line::write(&asked.call, out.lines());
-                self.held.push(asked.call.event.identity(), asked);
+            if asked.tell.is_closed() {
+                continue;
+            }
+            self.longest = self.longest.max(asked.call.context.limits.body.saturating_add(AROUND));
+            let before = out.lines().len();
+            match catch_unwind(AssertUnwindSafe(|| line::write(&asked.call, out.lines()))) {
+                Ok(()) => self.held.push(asked.call.event.identity(), asked),
+                Err(panic) => {
+                    out.lines().truncate(before);
+                    asked.tell(panicked(&*panic));
+                }
             }
         }
         self.gauge.troubled.store(self.alone || !self.suspects.is_empty(), Relaxed);
@@ -306,8 +330,8 @@ impl Slot {
         let Ok(answer) = Answer::read(line) else { return self.note(Noise::NoAnswer) };
         let Some(asked) = self.asked(&answer.named) else { return self.note(Noise::Unasked) };
         self.deaths = 0;
-        let outcome = answer.outcome(&asked.call);
-        asked.tell(outcome);
+        let outcome = catch_unwind(AssertUnwindSafe(|| answer.outcome(&asked.call)));
+        asked.tell(outcome.unwrap_or_else(|panic| panicked(&*panic)));
     }
 
     /// Takes the call that a line names.

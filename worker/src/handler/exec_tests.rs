@@ -670,3 +670,28 @@ for e in events():
     assert!(seen[0].starts_with("dead: ") && seen[0].contains("a line of more than 1"), "{}", seen[0]);
     assert_eq!(seen[1..], ["done", "done"]);
 }
+
+#[tokio::test]
+async fn a_worker_without_file_descriptors_fails_no_event_of_a_program() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: before.maximum }).expect("lower is always allowed");
+    let exec = python(1, "for e in events(): answer(e)");
+    let mut call = exec.handle(call("1"));
+    let waits = tokio::time::timeout(Duration::from_millis(1500), &mut call).await;
+    setrlimit(Resource::Nofile, before).expect("as it was");
+    assert!(waits.is_err(), "it cannot be started, which is no attempt: {waits:?}");
+    assert_eq!(word(call.await), "done");
+}
+
+#[tokio::test]
+async fn a_program_that_cannot_be_started_for_want_of_descriptors_can_be_closed() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: before.maximum }).expect("lower is always allowed");
+    let exec = python(1, "for e in events(): answer(e)");
+    tokio::task::yield_now().await;
+    let closed = tokio::time::timeout(Duration::from_secs(20), exec.close()).await;
+    setrlimit(Resource::Nofile, before).expect("as it was");
+    closed.expect("it ends at once");
+}

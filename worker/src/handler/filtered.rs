@@ -1,5 +1,5 @@
 //! `where` and `transform` before any kind of handler: whether it gets an event, and with which data.
-use super::{Call, Handler, Outcome, Reply};
+use super::{Call, Handler, Outcome, Reply, panicked};
 use crate::jq::{self, Jq, JqError, Limits, TIME};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
@@ -69,8 +69,8 @@ pub(super) async fn run(program: Jq, field: &str, call: &Call) -> Result<Vec<Vec
     let running = tokio::task::spawn_blocking(move || program.run(event.to_json().as_bytes(), limits));
     match running.await {
         Ok(ended) => ended.map_err(|error: JqError| Outcome::Dead { error: format!("{field}: {error}") }),
-        // The worker ends before it could begin.
-        Err(_) => Err(Outcome::Interrupted),
+        // It panicked, or the worker ends before it could begin.
+        Err(ended) => Err(ended.try_into_panic().map_or(Outcome::Interrupted, |panic| panicked(&*panic))),
     }
 }
 

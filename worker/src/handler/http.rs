@@ -1,12 +1,23 @@
 //! Handlers that are HTTP services: an event is a POST in CloudEvents' binary mode, its answer the response.
 //!
-//! The only file that knows the HTTP client. Nothing of a body ever reaches an error: errors are logged.
+//! Nothing of a body ever reaches an error: errors are logged.
+mod client;
+mod headers;
+
+pub use headers::Header;
+
 use super::line::plain;
-use super::{Call, Handler, Outcome, Reply};
+use super::{Call, Handler, Outcome, Reply, local};
+use client::{Broken, Client};
 use futures_util::future::BoxFuture;
+use headers::Headers;
+use hyper::body::Bytes;
+use hyper::header::{
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    RETRY_AFTER, USER_AGENT,
+};
+use hyper::{StatusCode, Uri};
 use jiff::fmt::rfc2822::DateTimeParser;
-use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
-use reqwest::{Client, Response, StatusCode, Url};
 use rustls::crypto::ring;
 use rustls::{ClientConfig, RootCertStore};
 use serde_json::value::RawValue;
@@ -14,14 +25,32 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
+use url::Url;
 use uuid::Uuid;
 use warren_shared::event::{Data, Event, Unreadable, Value};
 use warren_shared::json::without_bom;
 use warren_shared::retry::LONGEST;
 
-/// Idle connections are closed first on this side: common servers do it after 5 s, and a request that crosses that on its
-/// way would cost an attempt.
-const IDLE: Duration = Duration::from_secs(4);
+/// Statuses that are tried again where a route does not say which: 409 is what a service answers whose first attempt with this
+/// `Idempotency-Key` still runs.
+pub const RETRY_ON: [u16; 1] = [409];
+
+/// An HTTP service, as a route describes it.
+#[derive(Clone, Debug)]
+pub struct HttpService {
+    /// Where it takes events.
+    pub endpoint: Endpoint,
+    /// Statuses that are tried again, beside 408, 425, 429, 5xx and every 4xx with `Retry-After`.
+    pub retry_on: Vec<u16>,
+    /// What its requests carry beside the event.
+    pub headers: Vec<Header>,
+}
+
+impl From<Endpoint> for HttpService {
+    fn from(endpoint: Endpoint) -> Self {
+        Self { endpoint, retry_on: RETRY_ON.into(), headers: Vec::new() }
+    }
+}
 
 /// Where a service takes events. Shown without its query, which may hold a secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -44,7 +73,12 @@ impl Endpoint {
         if url.fragment().is_some() {
             return Err("holds a fragment, which is never sent: take it out, or write # as %23".into());
         }
+        url.as_str().parse::<Uri>().map_err(|error| format!("is not a URL ({error}): {form}"))?;
         Ok(Self(url))
+    }
+
+    fn uri(&self) -> Uri {
+        self.0.as_str().parse().expect("it was tried when it was read")
     }
 }
 
@@ -61,73 +95,105 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// An HTTP service. It is called over HTTP/1.1, directly: proxies that the environment names are not used.
-pub(super) struct Http {
+/// A service that is called.
+pub(super) struct Http(Arc<Called>);
+
+struct Called {
     client: Client,
-    endpoint: Arc<Endpoint>,
+    endpoint: Endpoint,
+    retry_on: Vec<u16>,
+    headers: Headers,
 }
 
 impl Http {
     /// Where TLS is asked for, the machine's root certificates are trusted.
-    pub(super) fn new(endpoint: Endpoint) -> Self {
-        let mut roots = RootCertStore::empty();
+    pub(super) fn new(service: impl Into<HttpService>) -> Self {
+        let service = service.into();
+        let (mut roots, endpoint) = (RootCertStore::empty(), &service.endpoint);
         if endpoint.0.scheme() == "https" {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             if roots.is_empty() {
                 tracing::warn!(%endpoint, "no root certificate is on this machine: {endpoint} cannot be trusted, install some");
             }
         }
-        Self::trusting(roots, endpoint)
+        Self::trusting(roots, service)
     }
 
-    fn trusting(roots: RootCertStore, endpoint: Endpoint) -> Self {
+    fn trusting(roots: RootCertStore, service: impl Into<HttpService>) -> Self {
+        let HttpService { endpoint, retry_on, headers } = service.into();
         let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let tls = tls.with_safe_default_protocol_versions().expect("ring has what TLS 1.2 and 1.3 need");
-        let client = Client::builder()
-            .tls_backend_preconfigured(tls.with_root_certificates(roots).with_no_client_auth())
-            .redirect(reqwest::redirect::Policy::none())
-            // Attempts are counted elsewhere.
-            .retry(reqwest::retry::never())
-            .no_proxy()
-            .pool_idle_timeout(IDLE)
-            .user_agent(concat!("warren/", env!("CARGO_PKG_VERSION")));
-        let client = client.build().expect("no part of it comes from outside");
-        Self { client, endpoint: Arc::new(endpoint) }
+        let client = Client::new(endpoint.uri(), tls.with_root_certificates(roots).with_no_client_auth());
+        Self(Arc::new(Called { client, endpoint, retry_on, headers: Headers::new(headers) }))
     }
 }
 
 impl Handler for Http {
     fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
-        let (client, endpoint) = (self.client.clone(), self.endpoint.clone());
+        let called = self.0.clone();
         Box::pin(async move {
-            let timeout = call.context.timeout;
-            let error = match tokio::time::timeout(timeout, ask(&client, &endpoint, &call)).await {
-                Ok(Ok(outcome)) => return outcome,
-                Ok(Err(error)) => why(error),
-                Err(_) => format!("no answer within {timeout:?}"),
-            };
-            Outcome::Retry { error: format!("POST {endpoint}: {error}"), after: None }
+            let (timeout, endpoint) = (call.context.timeout, &called.endpoint);
+            loop {
+                let error = match tokio::time::timeout(timeout, called.ask(&call)).await {
+                    Ok(Ok(outcome)) => return outcome,
+                    Ok(Err(Broken::Here(trouble))) => {
+                        local::wait_for_it_to_pass(&format!("POST {endpoint}"), &trouble).await;
+                        continue;
+                    }
+                    Ok(Err(Broken::There(error))) => error,
+                    Err(_) => format!("no answer within {timeout:?}"),
+                };
+                return Outcome::Retry { error: format!("POST {endpoint}: {error}"), after: None };
+            }
         })
     }
 }
 
-/// One request and what its response means. An error is one of the way there or back.
-async fn ask(client: &Client, endpoint: &Endpoint, call: &Call) -> Result<Outcome, reqwest::Error> {
-    let data = call.event.data().map(|data| data.as_bytes().to_vec()).unwrap_or_default();
-    let request = client.post(endpoint.0.clone()).headers(head(call));
-    // The client names no length where there is no body, and some servers insist on one (411).
-    let response = request.header(CONTENT_LENGTH, data.len()).body(data).send().await?;
-    if !response.status().is_success() {
-        return Ok(refused(endpoint, response.status(), response.headers()));
+impl Called {
+    /// One request and what its response means.
+    async fn ask(&self, call: &Call) -> Result<Outcome, Broken> {
+        let data = Bytes::from(call.event.data().map(|data| data.as_bytes().to_vec()).unwrap_or_default());
+        let mut head = head(call);
+        // The client names no length where there is no body, and some servers insist on one (411).
+        head.insert(CONTENT_LENGTH, data.len().into());
+        self.headers.add_to(&mut head);
+        let mut response = self.client.post(&head, &data).await?;
+        // A secret that was rotated a moment ago is no fault of the event.
+        let is_denied = matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+        if is_denied && self.headers.are_newer_than(&head) {
+            self.headers.add_to(&mut head);
+            response = self.client.post(&head, &data).await?;
+        }
+        let (parts, incoming) = response.into_parts();
+        if !parts.status.is_success() {
+            return Ok(self.refused(parts.status, &parts.headers));
+        }
+        let reply = match client::body(incoming, call.context.limits.body).await? {
+            Some(body) => reply(call, &parts.headers, &body),
+            None => Err(format!("it has more than {} bytes", call.context.limits.body)),
+        };
+        // As with a program: whoever answers wrongly does it again.
+        let wrong =
+            |error| Outcome::Dead { error: format!("POST {}: the service's answer is wrong: {error}", self.endpoint) };
+        Ok(reply.map_or_else(wrong, Outcome::Done))
     }
-    let head = response.headers().clone();
-    let reply = match body(response, call.context.limits.body).await? {
-        Some(body) => reply(call, &head, &body),
-        None => Err(format!("it has more than {} bytes", call.context.limits.body)),
-    };
-    // As with a program: whoever answers wrongly does it again.
-    let wrong = |error| Outcome::Dead { error: format!("POST {endpoint}: the service's answer is wrong: {error}") };
-    Ok(reply.map_or_else(wrong, Outcome::Done))
+
+    /// What a status other than 2xx means.
+    fn refused(&self, status: StatusCode, head: &HeaderMap) -> Outcome {
+        let reason = status.canonical_reason().unwrap_or("a status without a name");
+        let error = format!("POST {}: {} {reason}", self.endpoint, status.as_u16());
+        match status.as_u16() {
+            408 | 425 | 429 | 500..=599 => Outcome::Retry { error, after: after(head) },
+            code if self.retry_on.contains(&code) => Outcome::Retry { error, after: after(head) },
+            // Who says when to come again does not mean "never".
+            400..=499 if head.contains_key(RETRY_AFTER) => Outcome::Retry { error, after: after(head) },
+            300..=399 => {
+                let cure = "redirects are not followed, name the final address in 'http'";
+                Outcome::Dead { error: format!("{error}: {cure}") }
+            }
+            _ => Outcome::Dead { error },
+        }
+    }
 }
 
 /// The event's attributes, and what a service needs beside them.
@@ -158,24 +224,14 @@ fn head(call: &Call) -> HeaderMap {
             head.insert(name, value);
         }
     }
+    // What is compressed would have to be bounded twice.
+    head.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    head.insert(ACCEPT, HeaderValue::from_static("*/*"));
+    head.insert(USER_AGENT, HeaderValue::from_static(concat!("warren/", env!("CARGO_PKG_VERSION"))));
     head.insert("warren-attempt", call.context.attempt.into());
     let key = Uuid::from_bytes(*event.identity().as_bytes()).to_string();
     head.insert("idempotency-key", HeaderValue::try_from(key).expect("a UUID is ASCII"));
     head
-}
-
-/// What a status other than 2xx means.
-fn refused(endpoint: &Endpoint, status: StatusCode, head: &HeaderMap) -> Outcome {
-    let reason = status.canonical_reason().unwrap_or("a status without a name");
-    let error = format!("POST {endpoint}: {} {reason}", status.as_u16());
-    match status.as_u16() {
-        408 | 425 | 429 | 500..=599 => Outcome::Retry { error, after: after(head) },
-        300..=399 => {
-            let cure = "redirects are not followed, name the final address in 'http'";
-            Outcome::Dead { error: format!("{error}: {cure}") }
-        }
-        _ => Outcome::Dead { error },
-    }
 }
 
 /// `Retry-After`: seconds or a date. What is neither asks for nothing.
@@ -191,18 +247,6 @@ fn after(head: &HeaderMap) -> Option<Duration> {
     Some(wait.min(LONGEST))
 }
 
-/// The body; none where it is larger than the limit. What a service announces reserves no memory.
-async fn body(mut response: Response, limit: usize) -> Result<Option<Vec<u8>>, reqwest::Error> {
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await? {
-        if body.len() + chunk.len() > limit {
-            return Ok(None);
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(Some(body))
-}
-
 /// What a 2xx says: events, a result, or nothing.
 fn reply(call: &Call, head: &HeaderMap, body: &[u8]) -> Result<Reply, String> {
     let content_type = head.get(CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
@@ -215,6 +259,12 @@ fn reply(call: &Call, head: &HeaderMap, body: &[u8]) -> Result<Reply, String> {
     let body = without_bom(body);
     if body.is_empty() {
         return Ok(Reply::done());
+    }
+    let encoding = head.get(CONTENT_ENCODING).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    if let Some(encoding) = encoding.filter(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"))
+        && (is_event || essence == "application/json")
+    {
+        return Err(format!("its body is encoded ('{}'), though 'identity' was asked for", plain(&encoding, 64)));
     }
     match essence.as_str() {
         "application/json" => Ok(Reply { result: call.result(body)?, ..Reply::default() }),
@@ -259,17 +309,6 @@ fn event(call: &Call, head: &HeaderMap, content_type: &str, body: &[u8]) -> Resu
         event = event.with("datacontenttype", content_type.into())?;
     }
     event.with_body(body, call.context.limits)?.with_defaults(defaults)
-}
-
-/// Why there is no response: the innermost cause, as the client's own words name the URL with its query.
-fn why(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut cause: &dyn std::error::Error = &error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    let what = if error.is_connect() { "cannot connect" } else { "the connection broke" };
-    format!("{what}: {}", plain(&cause.to_string(), 255))
 }
 
 /// An attribute's value as a header's: all but printable ASCII, and of that space, quote and per cent, is encoded.

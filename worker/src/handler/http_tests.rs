@@ -93,6 +93,7 @@ async fn a_request_is_an_event_in_binary_mode() {
     let host = format!("host: {}", service.address);
     let agent = format!("user-agent: warren/{}", env!("CARGO_PKG_VERSION"));
     let wanted = [
+        "accept-encoding: identity",
         "accept: */*",
         "ce-count: -7",
         "ce-dataschema: https://e/s?v=1",
@@ -132,7 +133,7 @@ async fn every_status_has_its_meaning() {
     for (statuses, wanted) in [
         (&[200, 201, 202, 203, 204, 206, 299][..], "done null"),
         (&[408, 425, 429, 500, 501, 502, 503, 504, 507, 599], "retry after 7: "),
-        (&[400, 401, 403, 404, 405, 409, 410, 413, 415, 418, 422, 426, 428, 431, 451, 499], "dead: "),
+        (&[400, 401, 403, 404, 405, 409, 410, 413, 415, 418, 422, 426, 428, 431, 451, 499], "retry after 7: "),
         (&[300, 301, 302, 303, 304, 307, 308, 399], "dead: "),
     ] {
         for status in statuses {
@@ -143,9 +144,40 @@ async fn every_status_has_its_meaning() {
             assert!(*status < 300 || found.contains(&format!(": {status} ")), "{status}: {found}");
         }
     }
+    for (statuses, wanted) in [
+        (&[408, 409, 425, 429, 500, 503][..], "retry: "),
+        (&[400, 401, 403, 404, 405, 410, 413, 415, 418, 422, 423, 426, 428, 431, 451, 499], "dead: "),
+    ] {
+        for status in statuses {
+            let found = answered(response(*status, &[], b"")).await;
+            assert!(found.starts_with(wanted), "{status}: {found}");
+        }
+    }
+    // Whoever asks for another try may say it so that nobody understands when.
+    assert!(answered(response(404, &[("retry-after", "soon")], b"")).await.starts_with("retry: "));
     assert_eq!(answered(response(503, &[], b"")).await, "retry: 503 Service Unavailable");
     assert_eq!(answered(response(404, &[], b"")).await, "dead: 404 Not Found");
     assert_eq!(answered(response(599, &[], b"")).await, "retry: 599 a status without a name");
+}
+
+#[tokio::test]
+async fn a_route_says_which_statuses_are_tried_again() {
+    let said = async |retry_on: &[u16], status: u16| {
+        let service = Service::saying(response(status, &[], b"")).await;
+        let route = HttpService { retry_on: retry_on.into(), ..endpoint(service.address).into() };
+        word(Http::new(route).handle(call("1")).await).split(':').next().map(str::to_owned)
+    };
+    for (retry_on, status, wanted) in [
+        (&[404, 423][..], 404, "retry"),
+        (&[404, 423], 423, "retry"),
+        // What is listed is the list.
+        (&[404, 423], 409, "dead"),
+        (&[], 409, "dead"),
+        (&[], 429, "retry"),
+        (&[], 503, "retry"),
+    ] {
+        assert_eq!(said(retry_on, status).await.as_deref(), Some(wanted), "{retry_on:?} {status}");
+    }
 }
 
 #[tokio::test]
@@ -346,6 +378,210 @@ async fn no_more_is_read_than_a_body_may_have() {
     assert!(word(http(&service).handle(call).await).starts_with("dead: "));
 }
 
+/// A server that does with the nth request, whichever connection it comes by, what is told; counted from 0.
+async fn telling(says: impl Fn(usize) -> Said + Send + Sync + 'static) -> Service {
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    Service::start(move |_| Box::pin(std::future::ready(says(asked.fetch_add(1, SeqCst))))).await
+}
+
+#[tokio::test]
+async fn a_connection_that_was_used_before_and_breaks_is_called_again_at_once() {
+    let seen = |service: &Service| (service.seen.connections.load(SeqCst), service.seen.requests.load(SeqCst));
+    let done = || response(200, &[], b"");
+    let service = telling(move |n| if n == 1 { None } else { done() }).await;
+    let http = http(&service);
+    assert_eq!(word(http.handle(call("1")).await), "done null");
+    assert_eq!(word(http.handle(call("2")).await), "done null", "it is no attempt");
+    assert_eq!(seen(&service), (2, 3));
+
+    // Who brings the service down each time pays at the second.
+    let service = telling(move |n| if n == 0 { done() } else { None }).await;
+    let http = self::http(&service);
+    assert_eq!(word(http.handle(call("1")).await), "done null");
+    assert!(word(http.handle(call("2")).await).contains("the connection broke: "));
+    assert_eq!(seen(&service), (2, 3));
+
+    // Nobody closes a new connection for having been idle.
+    let service = telling(|_| None).await;
+    assert!(word(self::http(&service).handle(call("1")).await).contains("the connection broke: "));
+    assert_eq!(seen(&service), (1, 1));
+}
+
+#[tokio::test]
+async fn only_what_breaks_before_any_answer_is_called_again() {
+    for (last, is_reset, wanted, requests) in [
+        // A part of an answer is one: the service was there, and broke.
+        (&b"HTTP/1.1 200 OK\r\ncontent-"[..], false, "retry", 2),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhal", false, "retry", 2),
+        (b"", false, "done", 3),
+        (b"", true, "done", 3),
+    ] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let http = Http::new(endpoint(listener.local_addr().expect("bound")));
+        let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = asked.clone();
+        let server = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("a client");
+                let mut heard = [0; 4096];
+                while let Ok(1..) = stream.read(&mut heard).await {
+                    let n = count.fetch_add(1, SeqCst);
+                    let said = if n == 1 { last } else { b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" };
+                    tokio::io::AsyncWriteExt::write_all(&mut stream, said).await.expect("written");
+                    if n == 1 {
+                        // Without a farewell it is a reset.
+                        let _ = is_reset.then(|| stream.set_zero_linger());
+                        break;
+                    }
+                }
+            }
+        });
+        assert_eq!(word(http.handle(call("1")).await), "done null");
+        let found = word(http.handle(call("2")).await);
+        assert!(found.starts_with(wanted), "{found}");
+        assert_eq!(asked.load(SeqCst), requests, "{found}");
+        server.abort();
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_before_the_request_is_over_is_read() {
+    let mut large = call("1");
+    let body = format!("\"{}\"", "x".repeat(8 << 20));
+    large.event = large.event.with_json(body.as_bytes(), Default::default()).expect("within the limits");
+    for taken in [1, 1 << 12, 1 << 20] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let server = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("a client");
+                let _ = stream.read_exact(&mut vec![0; taken]).await;
+                let said = b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                tokio::io::AsyncWriteExt::write_all(&mut stream, said).await.expect("written");
+                // It is closed with most of the request unread: the client's next write fails.
+            }
+        });
+        for _ in 0..20 {
+            let found = word(Http::new(endpoint(address)).handle(large.clone()).await);
+            assert_eq!(found, format!("dead: POST http://{address}/hook: 413 Payload Too Large"), "after {taken}");
+        }
+        server.abort();
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_before_the_request_is_over_is_read_through_tls() {
+    // It answers what it has read first, and closes.
+    let tls = Tls::start();
+    let mut roots = RootCertStore::empty();
+    roots.add(tls.certificate.clone()).expect("a root");
+    let mut large = call("1");
+    let body = format!("\"{}\"", "x".repeat(8 << 20));
+    large.event = large.event.with_json(body.as_bytes(), Default::default()).expect("within the limits");
+    for _ in 0..10 {
+        let http = Http::trusting(roots.clone(), tls.endpoint("127.0.0.1"));
+        assert_eq!(word(http.handle(large.clone()).await), "done null");
+    }
+}
+
+#[tokio::test]
+async fn a_worker_without_file_descriptors_fails_no_event_of_a_service() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let service = Service::saying(response(200, &[], b"")).await;
+    let (http, before) = (http(&service), getrlimit(Resource::Nofile));
+    setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: before.maximum }).expect("lower is always allowed");
+    let mut call = http.handle(call("1"));
+    let waits = tokio::time::timeout(Duration::from_millis(1500), &mut call).await;
+    setrlimit(Resource::Nofile, before).expect("as it was");
+    assert!(waits.is_err(), "no socket can be had, which is no attempt: {waits:?}");
+    assert_eq!(word(call.await), "done null");
+}
+
+#[tokio::test]
+async fn headers_come_from_files_that_are_read_again() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let write = |token: &str| std::fs::write(file.path(), format!("Bearer {token}\n")).expect("written");
+    write("one");
+    let path = file.path().to_str().expect("UTF-8").to_owned();
+    let secret = warren_shared::secret::File { variable: "headers.Authorization".into(), path };
+    let header = |name: &str, value| Header::new(name, value).expect("legal");
+    let headers = vec![
+        header("Authorization", warren_shared::secret::Secret::new("Bearer one").of(Some(secret))),
+        header("X-Team", warren_shared::secret::Secret::new("blue")),
+        header("User-Agent", warren_shared::secret::Secret::new("us")),
+    ];
+    // The service takes one token, and counts those of others.
+    let (good, others) =
+        (Arc::new(Mutex::new("Bearer one".to_owned())), Arc::new(std::sync::atomic::AtomicUsize::new(0)));
+    let (takes, refused) = (good.clone(), others.clone());
+    let service = Service::start(move |request| {
+        assert_eq!((request.header("x-team"), request.header("user-agent")), (Some("blue"), Some("us")));
+        let is_good = request.header("authorization") == Some(&*takes.lock().expect("not poisoned"));
+        refused.fetch_add(usize::from(!is_good), SeqCst);
+        Box::pin(std::future::ready(response(if is_good { 200 } else { 401 }, &[], b"")))
+    });
+    let service = service.await;
+    let http = Http::new(HttpService { headers, ..endpoint(service.address).into() });
+    assert_eq!(word(http.handle(call("1")).await), "done null");
+
+    // Rotated, and the old one refused at once: no event dies of that.
+    write("two");
+    *good.lock().expect("not poisoned") = "Bearer two".into();
+    assert_eq!(word(http.handle(call("2")).await), "done null");
+    assert!(others.load(SeqCst) <= 1);
+    // The service is the last to learn of it: the events fail until then, and what they say holds no token.
+    write("three");
+    let denied = word(http.handle(call("3")).await);
+    assert!(denied == "done null" || denied.ends_with("/hook: 401 Unauthorized"), "{denied}");
+    *good.lock().expect("not poisoned") = "Bearer three".into();
+    assert_eq!(word(http.handle(call("4")).await), "done null");
+
+    // Rotated while a request was on its way.
+    write("four");
+    let (path, to) = (file.path().to_owned(), good.clone());
+    let rotating = Service::start(move |request| {
+        let mut good = to.lock().expect("not poisoned");
+        if request.header("authorization") == Some("Bearer four") {
+            std::fs::write(&path, "Bearer three").expect("written");
+            *good = "Bearer three".into();
+        }
+        let is_good = request.header("authorization") == Some(&good);
+        Box::pin(std::future::ready(response(if is_good { 200 } else { 403 }, &[], b"")))
+    });
+    let rotating = rotating.await;
+    let secret = warren_shared::secret::File {
+        variable: "headers.Authorization".into(),
+        path: file.path().to_str().expect("UTF-8").into(),
+    };
+    let headers = vec![header("Authorization", warren_shared::secret::Secret::new("Bearer four").of(Some(secret)))];
+    let other = Http::new(HttpService { headers, ..endpoint(rotating.address).into() });
+    assert_eq!(word(other.handle(call("1")).await), "done null");
+    assert_eq!(rotating.seen.requests.load(SeqCst), 2);
+
+    // What no header can have is not sent: the last good value is.
+    std::fs::write(file.path(), "Bearer\nfour").expect("written");
+    *good.lock().expect("not poisoned") = "Bearer five".into();
+    let denied = word(http.handle(call("5")).await);
+    assert!(denied.ends_with("/hook: 401 Unauthorized"), "{denied}");
+    drop(file);
+    *good.lock().expect("not poisoned") = "Bearer three".into();
+    assert_eq!(word(http.handle(call("6")).await), "done null");
+}
+
+#[tokio::test]
+async fn a_body_that_is_encoded_all_the_same_is_named() {
+    let said = async |kind: &str| {
+        let head = [("content-type", kind), ("content-encoding", "gzip")];
+        answered(response(200, &head, b"\x1f\x8b\x08secret")).await
+    };
+    let wrong = "dead: the service's answer is wrong: its body is encoded ('gzip'), though 'identity' was asked for";
+    assert_eq!(said("application/json").await, wrong);
+    assert_eq!(said("application/cloudevents+json").await, wrong);
+    assert_eq!(said("text/html").await, "done null");
+    let head = [("content-type", "application/json"), ("content-encoding", "Identity")];
+    assert_eq!(answered(response(200, &head, b"1")).await, "done 1");
+}
+
 #[tokio::test]
 async fn the_deadline_covers_the_body() {
     let service = Service::start(|_| {
@@ -433,6 +669,8 @@ impl Tls {
         std::thread::spawn(move || {
             use std::io::{Read, Write};
             for stream in listener.incoming().map_while(Result::ok) {
+                // Else its answer waits here behind what is not acknowledged yet, and is thrown away by a close.
+                let _ = stream.set_nodelay(true);
                 let connection = rustls::ServerConnection::new(config.clone()).expect("a connection");
                 let mut stream = rustls::StreamOwned::new(connection, stream);
                 let mut heard = [0; 4096];

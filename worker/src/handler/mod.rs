@@ -9,6 +9,7 @@ mod filtered;
 mod gather;
 mod http;
 mod line;
+mod local;
 mod log;
 mod process;
 mod program;
@@ -17,7 +18,7 @@ mod tx;
 
 pub use gather::Gathering;
 pub(crate) use gather::OVERDUE;
-pub use http::Endpoint;
+pub use http::{Endpoint, Header, HttpService, RETRY_ON};
 pub(crate) use process::Processes;
 pub use rust::{Failure, Rust};
 pub use tx::InTx;
@@ -25,9 +26,12 @@ pub use tx::InTx;
 use crate::config::{Kind, Route};
 use crate::store::{Change, Entry, Kept, Recorded, StoreError, Transactions};
 use futures_util::future::BoxFuture;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
+use warren_publisher::log::panic_text;
 use warren_shared::Message;
 use warren_shared::event::{Event, Limits, Unreadable};
 use warren_shared::json::Json;
@@ -157,6 +161,17 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
+/// What a panic in a handler's code means, ours or a function's: its event failed, and nothing else.
+pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Outcome {
+    Outcome::Retry { error: format!("the handler panicked: {}", panic_text(panic)), after: None }
+}
+
+/// Begins a call. What panics before there is a future has failed, too.
+pub(crate) fn begin(handler: &dyn Handler, call: Call) -> BoxFuture<'static, Outcome> {
+    catch_unwind(AssertUnwindSafe(|| handler.handle(call)))
+        .unwrap_or_else(|panic| Box::pin(std::future::ready(panicked(&*panic))))
+}
+
 /// Makes a route's handler. `processes` takes the events of all processes; `transactions` are asked for by those that need them.
 ///
 /// # Errors
@@ -169,7 +184,7 @@ pub fn build(
     let mut transform = route.transform.clone();
     let handler: Arc<dyn Handler> = match &route.kind {
         Kind::Exec(command) => Arc::new(exec::Exec::start(command.clone())),
-        Kind::Http(endpoint) => Arc::new(http::Http::new(endpoint.clone())),
+        Kind::Http(service) => Arc::new(http::Http::new(service.clone())),
         Kind::Log => Arc::new(log::Log),
         Kind::Emit(kind) => Arc::new(emit::Emit { kind: kind.clone(), transform: transform.take() }),
         Kind::Gather(gathering) => Arc::new(gather::Gather(gathering.clone())),

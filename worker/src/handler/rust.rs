@@ -1,5 +1,5 @@
 //! Handlers that are Rust functions.
-use super::{Call, Context, Handler, Outcome, Reply};
+use super::{Call, Context, Handler, Outcome, Reply, panicked};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use std::panic::AssertUnwindSafe;
@@ -87,11 +87,7 @@ pub(super) async fn ended(call: &Call, work: impl Future<Output = Result<Reply, 
         },
         Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
         Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
-        Ok(Err(panic)) => {
-            let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            Outcome::Retry { error: format!("the handler panicked: {text}"), after: None }
-        }
+        Ok(Err(panic)) => panicked(&*panic),
         Err(_) => Outcome::Retry { error: format!("no answer within {timeout:?}"), after: None },
     }
 }

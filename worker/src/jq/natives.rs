@@ -3,7 +3,7 @@
 use super::meter::beat;
 use super::value::{DEPTH, DIGITS, V};
 use super::{Data, Program};
-use jaq_core::load::parse::Def;
+use jaq_core::load::{self, parse::Def};
 use jaq_core::native::{Fun, bome, run, unary, v};
 use jaq_core::{Error, Native, ValR};
 use jaq_json::{Val, read};
@@ -18,7 +18,8 @@ const BY_THOSE: [&str; 4] = ["debug", "stderr", "halt", "halt_error"];
 /// Definitions in jq.
 pub(super) fn defs() -> impl Iterator<Item = Def<&'static str>> {
     let all = jaq_core::defs().chain(jaq_std::defs()).chain(jaq_json::defs());
-    all.filter(|def| !BY_THOSE.contains(&def.name))
+    let more = load::parse(include_str!("more.jq"), |parser| parser.defs()).expect("a test compiles them");
+    all.filter(|def| !BY_THOSE.contains(&def.name)).chain(more)
 }
 
 /// Functions in Rust.
@@ -32,6 +33,8 @@ fn ours() -> impl Iterator<Item = (&'static str, Box<[jaq_core::Bind]>, Native<P
     [
         run::<Program>(("tojson", v(0), |cv| bome(Ok(V::from_utf8_bytes(cv.1.json()))))),
         run(("fromjson", v(0), |cv| bome(from_json(&cv.1)))),
+        run(("encode_base32", v(0), |cv| bome(base32(cv.1)))),
+        run(("decode_base32", v(0), |cv| bome(from_base32(cv.1)))),
         run(("length", v(0), |cv| bome(length(cv.1)))),
         run(("contains", one(), |cv| unary(cv, |whole, part| Ok(contains(&whole.val, &part.val).into())))),
         run(("has", one(), |cv| unary(cv, has))),
@@ -54,6 +57,36 @@ fn from_json(text: &V) -> ValR<V> {
     super::meter::spend(text.len());
     let strict = json::check(text, json::MAX_DEPTH.min(DEPTH as usize));
     strict.map_err(|e| e.to_string()).and_then(|_| parse(text)).map(V::new).map_err(Error::str)
+}
+
+/// The digits of base 32, RFC 4648.
+const BASE32: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+
+fn base32(text: V) -> ValR<V> {
+    let bytes = text.try_as_utf8_bytes()?;
+    super::meter::spend(bytes.len() * 2);
+    let mut out = Vec::with_capacity(bytes.len().div_ceil(5) * 8);
+    for chunk in bytes.chunks(5) {
+        let bits = (0..5).fold(0_u64, |bits, i| bits << 8 | u64::from(chunk.get(i).copied().unwrap_or(0)));
+        let digits = (chunk.len() * 8).div_ceil(5);
+        out.extend((0..8).map(|i| if i < digits { BASE32[(bits >> (35 - 5 * i)) as usize & 31] } else { b'=' }));
+    }
+    Ok(V::from_utf8_bytes(out))
+}
+
+fn from_base32(text: V) -> ValR<V> {
+    let bytes = text.try_as_utf8_bytes()?;
+    super::meter::spend(bytes.len());
+    let (mut out, mut bits, mut count) = (Vec::with_capacity(bytes.len()), 0_u32, 0);
+    for byte in bytes.iter().take_while(|byte| **byte != b'=') {
+        let digit = BASE32.iter().position(|digit| digit == byte).ok_or_else(|| Error::str("it is not base32 data"))?;
+        (bits, count) = ((bits << 5 | digit as u32) & 0xfff, count + 5);
+        if count >= 8 {
+            count -= 8;
+            out.push((bits >> count) as u8);
+        }
+    }
+    Ok(V::from_utf8_bytes(out))
 }
 
 /// The length of the longest number, in bytes.

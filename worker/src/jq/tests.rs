@@ -338,3 +338,95 @@ fn a_run_leaves_no_trace_for_the_next() {
     let other = std::thread::spawn(move || again.run(b"2", LIMITS));
     assert_eq!(other.join().expect("no panic"), Ok(vec![b"2".to_vec()]));
 }
+
+#[test]
+fn every_function_of_jq_is_there_but_those_that_the_docs_name() {
+    // The builtins of jq 1.7 and 1.8, as jq's manual has them.
+    let all = "@base32 @base32d @base64 @base64d @csv @html @json @sh @text @tsv @uri @urid abs acos acosh add add(.) all all(.) \
+        all(.;.) any any(.) any(.;.) arrays ascii ascii_downcase ascii_upcase asin asinh atan atan2(.;.) atanh booleans bsearch(1) \
+        capture(.) capture(.;.) cbrt ceil combinations combinations(2) contains(1) copysign(.;.) cos cosh date dateadd(.;.) \
+        datesub(.;.) del(.a) delpaths([]) drem(.;.) empty endswith(1) error error(.) exp exp10 exp2 explode expm1 fabs fdim(.;.) \
+        finites first first(.) flatten flatten(1) floor fma(.;.;.) fmax(.;.) fmin(.;.) fmod(.;.) format(.) frexp from_entries \
+        fromdate fromdateiso8601 fromjson fromstream(.) gamma getpath([]) gmtime group_by(.) gsub(.;.) gsub(.;.;.) has(1) \
+        have_decnum have_literal_numbers hypot(.;.) implode IN(.) IN(.;.) in(.) INDEX(.) INDEX(.;.) index(1) indices(1) infinite \
+        inside(.) isempty(.) JOIN(.;.) JOIN(.;.;.) JOIN(.;.;.;.) isfinite isinfinite isnan isnormal isvalid(.) iterables j0 j1 join(1) keys keys_unsorted last last(.) \
+        ldexp(.;.) leaf_paths length lgamma limit(1;.) log log10 log1p log2 logb ltrim ltrimstr(1) map(.) map_values(.) match(.) \
+        match(.;.) max max_by(.) min min_by(.) mktime modf nan nearbyint nextafter(.;.) nexttoward(.;.) normals not nth(1) nth(1;.) \
+        nulls numbers objects path(.) paths paths(.) pick(.a) pow(.;.) pow10 range(1) range(1;2) range(1;2;3) recurse recurse(.) \
+        recurse(.;.) repeat(.) reverse rindex(1) rint round rtrim rtrimstr(1) scalars scalb(.;.) scalbln(.;.) scan(.) scan(.;.) \
+        select(.) setpath([];.) significand sin sinh skip(1;.) sort sort_by(.) split(1) split(1;1) splits(1) splits(1;1) sqrt \
+        startswith(1) strftime(.) strings strptime(.) sub(.;.) sub(.;.;.) tan tanh test(.) test(.;.) tgamma toarray toboolean todate \
+        todateiso8601 tojson tonumber tostream tostring to_entries transpose trim trimstr(1) trunc truncate_stream(.) type unique \
+        unique_by(.) until(.;.) utf8bytelength values walk(.) while(.;.) with_entries(.) y0 y1";
+    for program in all.split_whitespace() {
+        assert!(Jq::compile(program).is_ok(), "{program}: {:?}", Jq::compile(program));
+    }
+    let docs = include_str!("../../../docs/operations.md");
+    for name in "env $ENV now localtime strflocaltime input inputs debug stderr halt halt_error input_filename input_line_number \
+        builtins get_search_list lgamma_r $__loc__"
+        .split_whitespace()
+    {
+        assert!(Jq::compile(name).is_err() || Jq::compile(&format!("{name}(.)")).is_err(), "{name}");
+        assert!(docs.contains(&format!("`{name}`")), "docs/operations.md says that {name} is not there");
+    }
+}
+
+#[test]
+fn what_jaq_lacks_does_what_it_does_in_jq() {
+    check("@csv", r#"[1,1.50,"a\"b, c",null,true,""]"#, &[r#""1,1.50,\"a\"\"b, c\",,true,\"\"""#]);
+    check("@tsv", "[\"a\\tb\\\\c\\nd\\r\",null,false,1e2]", &["\"a\\\\tb\\\\\\\\c\\\\nd\\\\r\\t\\tfalse\\t1e2\""]);
+    check("@csv, @tsv", "[]", &["\"\"", "\"\""]);
+    check("@csv \"x\\(.)y\"", "[\"a\"]", &["\"x\\\"a\\\"y\""]);
+    check("try @csv catch .", "[[1]]", &["\"array is not valid in a csv row\""]);
+    check("try @tsv catch .", "{}", &["\"object cannot be tsv-formatted, only an array can be\""]);
+    for (text, base32) in [
+        ("", ""),
+        ("f", "MY======"),
+        ("fo", "MZXQ===="),
+        ("foo", "MZXW6==="),
+        ("foob", "MZXW6YQ="),
+        ("fooba", "MZXW6YTB"),
+        ("foobar", "MZXW6YTBOI======"),
+        ("ä€", "YOSOFAVM"),
+    ] {
+        check(
+            "@base32, (@base32 | @base32d)",
+            &format!("\"{text}\""),
+            &[&format!("\"{base32}\""), &format!("\"{text}\"")],
+        );
+    }
+    check("format(\"csv\"), format(\"base64\")", "[1]", &["\"1\"", "\"WzFd\""]);
+    check("IN(1, 2), IN(.[]?; 3), (2 | IN(1, 2))", "[3]", &["false", "true", "true"]);
+    check(
+        "INDEX(.id), INDEX(.[]; .n)",
+        r#"[{"id":1,"n":"x"},{"id":1,"n":"y"}]"#,
+        &[r#"{"1":{"id":1,"n":"y"}}"#, r#"{"x":{"id":1,"n":"x"},"y":{"id":1,"n":"y"}}"#],
+    );
+    check("JOIN({a: 1}; .), [JOIN({a: 1}; .[]; .; last)]", r#"["a","b"]"#, &[r#"[["a",1],["b",null]]"#, "[1,null]"]);
+    check(
+        "[tostream]",
+        r#"{"a":[1,{"b":2}],"c":[]}"#,
+        &[r#"[[["a",0],1],[["a",1,"b"],2],[["a",1,"b"]],[["a",1]],[["c"],[]],[["c"]]]"#],
+    );
+    for value in [r#"{"a":[1,{"b":2}],"c":[]}"#, "[1,[2,[3,{}]]]", "5", "null", "[]", "[null,{\"x\":[false]}]"] {
+        check("fromstream(tostream)", value, &[value]);
+    }
+    check("[fromstream((1, [2]) | tostream)]", "0", &["[1,[2]]"]);
+    check("[1 | truncate_stream([[0],1],[[1,0],2],[[1,0]],[[1]])]", "0", &["[[[0],2],[[0]]]"]);
+    check(
+        "date, dateadd(\"seconds\"; 60), datesub(\"seconds\"; 1)",
+        "1700000000",
+        &["\"2023-11-14T22:13:20Z\"", "1700000060", "1699999999"],
+    );
+    check(
+        "(65 | ascii), (\"x\" | toarray), ([1] | toarray), (\"xax\" | trimstr(\"x\"))",
+        "0",
+        &["\"A\"", "[\"x\"]", "[1]", "\"a\""],
+    );
+    check("bsearch(0), bsearch(1), bsearch(2), bsearch(3), bsearch(9)", "[1,3,5]", &["-1", "0", "-2", "1", "-4"]);
+    check("isvalid(.a), isvalid(error(\"x\")), [leaf_paths]", r#"{"a":{"b":1}}"#, &["true", "false", r#"[["a","b"]]"#]);
+    // None of them makes more, or takes longer, than a program may.
+    assert_eq!(run_in("[repeat(1)] | @csv", "0", LIMITS), Err(LATE));
+    assert!(run_in("fromstream(repeat([[100000000], 1]))", "0", LIMITS).is_err());
+    assert!(run_in("fromstream([[range(100000) | \"a\"], 1], [[\"a\"]])", "0", LIMITS).is_err());
+}

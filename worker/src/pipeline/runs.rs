@@ -9,6 +9,7 @@ use crate::trace::{self, Span};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use metrics::Histogram;
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use warren_shared::delivery::{Action, Fact, State};
@@ -28,6 +29,12 @@ pub(super) struct Started {
 }
 
 impl Started {
+    /// The call's outcome; a panic is one as well, so that it costs no other call of its turn.
+    fn outcome(&mut self) -> impl Future<Output = handler::Outcome> {
+        let guarded = AssertUnwindSafe(&mut self.call).catch_unwind();
+        guarded.map(|ended| ended.unwrap_or_else(|panic| handler::panicked(&*panic)))
+    }
+
     async fn alone(
         mut self,
         since: Instant,
@@ -37,12 +44,38 @@ impl Started {
         let outcome = tokio::select! {
             biased;
             _ = interrupted.wait_for(|interrupted| *interrupted) => handler::Outcome::Interrupted,
-            outcome = &mut self.call => outcome,
+            outcome = self.outcome() => outcome,
         };
         self.seconds.record(since.elapsed().as_secs_f64());
         self.span.end(&outcome);
         let _ = tell.send(News::Handled(vec![(self.id, outcome)]));
     }
+}
+
+/// Runs calls. One task polls each once; only what does not end at once, or comes after one that computes for long, costs a task
+/// of its own.
+async fn run(calls: Vec<Started>, tell: mpsc::UnboundedSender<News>, interrupted: watch::Receiver<bool>) {
+    let mut calls = calls.into_iter();
+    let (begun, mut ended) = (Instant::now(), Vec::with_capacity(calls.len()));
+    let mut now = begun;
+    let alone = |call: Started, since| drop(tokio::spawn(call.alone(since, tell.clone(), interrupted.clone())));
+    while now - begun < BRIEF
+        && let Some(mut started) = calls.next()
+    {
+        let since = now;
+        let outcome = started.outcome().now_or_never();
+        now = Instant::now();
+        match outcome {
+            Some(outcome) => {
+                started.seconds.record((now - since).as_secs_f64());
+                started.span.end(&outcome);
+                ended.push((started.id, outcome));
+            }
+            None => alone(started, since),
+        }
+    }
+    calls.for_each(|started| alone(started, now));
+    let _ = tell.send(News::Handled(ended));
 }
 
 impl Pipeline {
@@ -59,7 +92,8 @@ impl Pipeline {
         let context = Context { attempt: run.attempt, timeout: route.timeout, partition, ..self.parts.context.clone() };
         let (event, span) = trace::begin(event, &context);
         let kept = job.kept.clone();
-        let call = handler.handle(Call { event, context, entry: job.entry(), kept });
+        let call = Call { event, context, entry: job.entry(), kept };
+        let call = handler::begin(&**handler, call);
         let lane = job.ticket.place().lane;
         if run.attempt == 1
             && let Some(age) = job.lag()
@@ -69,36 +103,12 @@ impl Pipeline {
         self.calls.push(Started { id, call, seconds: self.meters.of(lane, Some(place)).seconds.clone(), span });
     }
 
-    /// Runs what was launched in this turn. One task polls each call once; only what does not end at once, or comes
-    /// after one that computes for long, costs a task of its own.
+    /// Runs what was launched in this turn.
     pub(super) fn start_calls(&mut self) {
-        if self.calls.is_empty() {
-            return;
+        if !self.calls.is_empty() {
+            let calls = std::mem::take(&mut self.calls);
+            tokio::spawn(run(calls, self.tell.clone(), self.interrupted.subscribe()));
         }
-        let (mut calls, tell) = (std::mem::take(&mut self.calls).into_iter(), self.tell.clone());
-        let interrupted = self.interrupted.subscribe();
-        tokio::spawn(async move {
-            let (begun, mut ended) = (Instant::now(), Vec::with_capacity(calls.len()));
-            let mut now = begun;
-            let alone = |call: Started, since| drop(tokio::spawn(call.alone(since, tell.clone(), interrupted.clone())));
-            while now - begun < BRIEF
-                && let Some(mut started) = calls.next()
-            {
-                let since = now;
-                let outcome = (&mut started.call).now_or_never();
-                now = Instant::now();
-                match outcome {
-                    Some(outcome) => {
-                        started.seconds.record((now - since).as_secs_f64());
-                        started.span.end(&outcome);
-                        ended.push((started.id, outcome));
-                    }
-                    None => alone(started, since),
-                }
-            }
-            calls.for_each(|started| alone(started, now));
-            let _ = tell.send(News::Handled(ended));
-        });
     }
 
     pub(super) fn handled(&mut self, id: Id, outcome: handler::Outcome) {
@@ -240,5 +250,77 @@ impl Pipeline {
             self.solo = Some(id);
             self.mark(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handler::{Outcome, Reply};
+    use std::collections::BTreeMap;
+
+    /// Panics before there is a future, as `log` could.
+    struct Hasty;
+
+    impl handler::Handler for Hasty {
+        fn handle(&self, call: Call) -> BoxFuture<'static, Outcome> {
+            panic!("event {}", call.event.id())
+        }
+    }
+
+    fn context() -> Context {
+        let (partition, pool, limits) = ("p00".into(), "tests".into(), Default::default());
+        Context { attempt: 1, timeout: BRIEF, partition, pool, limits }
+    }
+
+    fn event() -> warren_shared::Event {
+        warren_shared::Event::new("1", "/tests", "a.b").expect("valid")
+    }
+
+    async fn done(waits: u32) -> Outcome {
+        for _ in 0..waits {
+            tokio::task::yield_now().await;
+        }
+        Outcome::Done(Reply::done())
+    }
+
+    async fn broken(waits: u32) -> Outcome {
+        done(waits).await;
+        panic!("a bug")
+    }
+
+    #[tokio::test]
+    async fn of_calls_that_run_together_only_the_one_that_panics_fails() {
+        let calls: [BoxFuture<'static, Outcome>; 6] = [
+            Box::pin(done(0)),
+            Box::pin(broken(0)),
+            Box::pin(done(3)),
+            Box::pin(broken(3)),
+            handler::begin(&Hasty, Call { event: event(), context: context(), entry: Default::default(), kept: None }),
+            Box::pin(done(0)),
+        ];
+        let started = |(id, call)| Started {
+            id: id as Id,
+            call,
+            seconds: Histogram::noop(),
+            span: trace::begin(event(), &context()).1,
+        };
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let (_interrupt, interrupted) = watch::channel(false);
+        run(calls.into_iter().enumerate().map(started).collect(), tell, interrupted).await;
+        let mut outcomes = BTreeMap::new();
+        while let Some(News::Handled(handled)) = told.recv().await {
+            for (id, outcome) in handled {
+                let word = match outcome {
+                    Outcome::Done(_) => "done".to_owned(),
+                    Outcome::Retry { error, after: None } => error,
+                    other => panic!("{other:?}"),
+                };
+                assert!(outcomes.insert(id, word).is_none(), "call {id} has two outcomes");
+            }
+        }
+        let bug = "the handler panicked: a bug";
+        let wanted = ["done", bug, "done", bug, "the handler panicked: event 1", "done"];
+        assert_eq!(outcomes.into_values().collect::<Vec<_>>(), wanted);
     }
 }

@@ -8,6 +8,8 @@ mod state;
 use self::inbox::{Fresh, Inbox};
 use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -72,6 +74,7 @@ impl Sqlite {
             };
             StoreError::Open { path: path.display().to_string(), cause: error.to_string(), cure }
         };
+        create(path);
         let mut connection = connect(path).map_err(refuse)?;
         migrate(&mut connection, refuse)?;
         let identity = identity(&mut connection).map_err(refuse)?;
@@ -142,6 +145,15 @@ fn refusal(error: rusqlite::Error) -> StoreError {
     let of_the_data = matches!(error.sqlite_error_code(), Some(ConstraintViolation | TooBig | TypeMismatch))
         || matches!(error, rusqlite::Error::ToSqlConversionFailure(_));
     if of_the_data { StoreError::Refused(error.to_string()) } else { StoreError::Unavailable(error.to_string()) }
+}
+
+/// Makes a new file that nobody but this user reads: it holds payloads. SQLite gives the files beside it (`-wal`, `-shm`) the same
+/// mode. What is there already stays as it is, and what cannot be made SQLite will name.
+fn create(path: &Path) {
+    let name = path.as_os_str().as_encoded_bytes();
+    if !name.starts_with(b":") && !name.starts_with(b"file:") {
+        let _ = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    }
 }
 
 /// Who switches a new file to WAL while another does is told at once that it is locked, whatever the timeout says: it

@@ -80,6 +80,23 @@ async fn a_row_of_the_outbox_that_cannot_be_read_keeps_no_other_from_its_next_ow
 }
 
 #[test]
+fn a_new_file_is_read_by_its_user_alone_and_one_that_is_there_stays_as_it_is() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let mode = |file: &str| {
+        let metadata = std::fs::metadata(directory.path().join(file)).expect("it is there");
+        metadata.permissions().mode() & 0o777
+    };
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    assert_eq!(["warren.db", "warren.db-wal", "warren.db-shm"].map(mode), [0o600; 3]);
+    drop(store);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).expect("ours");
+    let _store = Sqlite::open(&path, "b").expect("it opens");
+    assert_eq!(mode("warren.db"), 0o640);
+}
+
+#[test]
 fn a_file_of_a_newer_version_is_left_alone() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("warren.db");
