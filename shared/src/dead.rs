@@ -30,6 +30,9 @@ const ERROR_LIMIT: usize = 1024;
 /// All headers of a dead letter begin so.
 pub const PREFIX: &str = "warren-dead-";
 
+/// The exchange that a message was published to which is no event.
+const EXCHANGE: &str = "warren-dead-exchange";
+
 /// The dead letter of an event.
 #[must_use]
 pub fn of_event(event: &Event, replayed: u32, lane: &str, cause: &Cause, scene: &Scene, exchange: &str) -> Message {
@@ -54,15 +57,34 @@ pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: 
         // The marks of its death must fit into the frame; its body stays whole.
         message.headers.clear();
     }
-    message.exchange = exchange.into();
+    let from = std::mem::replace(&mut message.exchange, exchange.into());
     mark(&mut message, cause, scene);
+    message.set(EXCHANGE, from);
     message
 }
 
-/// The letter brought back to life: the message as it was, its replay counted.
+/// The exchange that a letter's message was published to: as noted here or, where the broker let it die itself, as noted there.
+fn origin(letter: &Message) -> Option<String> {
+    let noted = [EXCHANGE, "x-last-death-exchange", "x-first-death-exchange"];
+    noted.iter().find_map(|name| letter.header(name)).map(Value::to_string)
+}
+
+/// A letter as its message came: from the exchange that it was published to, not from that of the dead letters. A message
+/// that names no source of its own has its exchange for one, and so a part of its identity.
+pub fn recall(letter: &mut Message) {
+    if let Some(exchange) = origin(letter) {
+        letter.exchange = exchange;
+    }
+}
+
+/// The letter brought back to life: the message as it was, under the identity that it had, its replay counted.
 #[must_use]
 pub fn revive(mut letter: Message, exchange: &str) -> Message {
     let replays = letter.number(REPLAYED).unwrap_or(0).saturating_add(1);
+    if origin(&letter).is_some() {
+        recall(&mut letter);
+        letter.keep_source();
+    }
     letter.strip();
     letter.headers.retain(|(name, _)| !name.starts_with(PREFIX));
     letter.set(REPLAYED, i64::try_from(replays).unwrap_or(i64::MAX));

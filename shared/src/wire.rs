@@ -116,6 +116,18 @@ impl Message {
         });
     }
 
+    /// Writes the source down that this message has because of where it was published to, before it is published to somewhere
+    /// else.
+    pub fn keep_source(&mut self) {
+        let is_plain = !is_event(self.content_type.as_deref().unwrap_or_default())
+            && !self.headers.iter().any(|(name, _)| attribute_at(name).is_some());
+        let source = source_of(&self.exchange);
+        // Longer ones do not fit into the property.
+        if is_plain && self.app_id.as_deref().unwrap_or_default().is_empty() && source.len() <= 255 {
+            self.app_id = Some(source);
+        }
+    }
+
     /// Reads the event in it. `fresh_id` is asked only where the message brings no id.
     ///
     /// # Errors
@@ -199,10 +211,7 @@ impl Message {
 
     fn open_plain(self, body: &[u8], limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
         let id = given(self.message_id).unwrap_or_else(fresh_id);
-        let source = given(self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
-            "" => "/amqp".into(),
-            exchange => format!("/amqp/{exchange}"),
-        });
+        let source = given(self.app_id).unwrap_or_else(|| source_of(&self.exchange));
         let kind = given(self.kind).unwrap_or(self.routing_key);
         let mut event = Event::new(id, source, kind)?;
         if let Some(time) = self.timestamp.and_then(|s| jiff::Timestamp::from_second(s.try_into().ok()?).ok()) {
@@ -313,6 +322,11 @@ impl Event {
         self.edit().data = data;
         Ok(())
     }
+}
+
+/// The source of a plain message that names none.
+fn source_of(exchange: &str) -> String {
+    if exchange.is_empty() { "/amqp".into() } else { format!("/amqp/{exchange}") }
 }
 
 /// A property that says something.

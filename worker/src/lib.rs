@@ -26,6 +26,7 @@ pub mod handler;
 mod job;
 mod jq;
 mod load;
+mod management;
 pub mod metrics;
 pub mod outbox;
 mod pile;
