@@ -164,7 +164,10 @@ impl Subscriptions {
     /// cannot be asked whether they are there, and making them twice is harmless.
     pub async fn keep_bound(&self) {
         let pause = paced(REBIND);
-        while self.declare == Declare::Auto {
+        if self.declare == Declare::Never {
+            return;
+        }
+        loop {
             tokio::time::sleep(pause).await;
             let link = self.link().await;
             let bound = tokio::time::timeout(ANSWER, declare::bind(&link, &self.declarations)).await;
