@@ -73,6 +73,16 @@ pub enum BrokerError {
         /// What the broker said.
         cause: String,
     },
+    /// It takes no more connections, or the vhost is not served now.
+    #[error(
+        "the broker at {address} takes no connection now ({cause}): close others or raise the limit there, then try again"
+    )]
+    Full {
+        /// Host and port.
+        address: String,
+        /// What the broker said.
+        cause: String,
+    },
     /// The connection ended, or an operation on it failed.
     #[error("the broker connection failed: {0}")]
     Lost(String),
@@ -82,7 +92,7 @@ impl BrokerError {
     /// Whether trying again without a change may help.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Lost(_))
+        matches!(self, Self::Unreachable { .. } | Self::Full { .. } | Self::Lost(_))
     }
 
     /// What the broker or the library said of a connection in use.
@@ -283,6 +293,13 @@ impl Broker {
         Err(why)
     }
 
+    /// The vhost that connections are for.
+    #[must_use]
+    pub fn vhost(&self) -> String {
+        let amqp = self.present.lock().unwrap_or_else(PoisonError::into_inner).amqp.clone();
+        amqp.nodes().first().and_then(|node| uri(&amqp, *node)).map_or_else(|| "/".into(), |uri| uri.vhost)
+    }
+
     async fn connect_to(&self, ready: &Ready, turn: usize, purpose: &str) -> Result<Link, BrokerError> {
         let uri = &ready.uris[turn % ready.uris.len()];
         let name = format!("{} ({purpose})", self.name);
@@ -424,6 +441,12 @@ fn refusal(uri: &AMQPUri, error: &Error, card: &Card) -> BrokerError {
                 BrokerError::External { address, cause: describe(error) }
             }
             AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => BrokerError::Credentials { address, user },
+            // Limits of a node, a vhost and a user all read so.
+            AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
+                if [" is reached", " is down"].iter().any(|word| amqp.get_message().as_str().contains(word)) =>
+            {
+                BrokerError::Full { address, cause: amqp.get_message().to_string() }
+            }
             AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::INVALIDPATH) => {
                 BrokerError::Vhost { vhost: uri.vhost.clone(), user, cause: amqp.get_message().to_string() }
             }

@@ -43,9 +43,27 @@ pub enum DeclareError {
         "the broker has no exchange type 'x-consistent-hash': run 'rabbitmq-plugins enable rabbitmq_consistent_hash_exchange'"
     )]
     Plugin,
+    /// The broker does not make it, for a reason of its own: a limit, an argument that it does not know, a queue that does not
+    /// answer.
+    #[error("the broker refuses {what} ({said}); {}", left(.made))]
+    Refused {
+        /// What was asked for.
+        what: String,
+        /// What it said.
+        said: String,
+        /// How many exchanges and queues had been made by then.
+        made: usize,
+    },
     /// The connection failed.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+}
+
+fn left(made: &usize) -> String {
+    match made {
+        0 => "nothing was changed: remove the cause, then try again".into(),
+        made => format!("{made} exchanges and queues were made before and stay: remove the cause, then try again"),
+    }
 }
 
 fn mismatches(all: &[String]) -> String {
@@ -89,13 +107,24 @@ pub async fn apply(link: &Link, declarations: &[Declaration]) -> Result<(), Decl
             return Err(DeclareError::Foreign(name.clone()));
         }
     }
-    let mut scout = Scout { link, channel: None };
+    let (mut scout, mut made) = (Scout { link, channel: None }, 0);
     for (declaration, found) in declarations.iter().zip(&found) {
         if *found != Found::Same {
-            scout.make(declaration).await?;
+            scout.make(declaration, made).await?;
+            made += usize::from(*found == Found::Missing);
         }
     }
     Ok(())
+}
+
+/// Makes the bindings among them again, in one go. False where the broker objects to any: something that they lead from or to
+/// is gone.
+///
+/// # Errors
+/// The connection failed.
+pub async fn bind(link: &Link, declarations: &[Declaration]) -> Result<bool, DeclareError> {
+    let bindings: Vec<_> = declarations.iter().filter(|declaration| name(declaration).is_none()).collect();
+    agrees(link, &bindings, Mode::Active).await
 }
 
 /// Checks that everything is there, and changes nothing.
@@ -159,7 +188,10 @@ pub async fn depths(link: &Link, queues: &[String]) -> Result<Vec<Option<Depth>>
             Err(error) => match error.kind() {
                 ErrorKind::ProtocolError(amqp) => match amqp.kind() {
                     AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND | AMQPSoftError::ACCESSREFUSED) => None,
-                    _ => return Err(DeclareError::Denied(describe(&error))),
+                    _ => {
+                        let what = format!("to look at the queue {queue}");
+                        return Err(DeclareError::Refused { what, said: describe(&error), made: 0 });
+                    }
                 },
                 _ => return Err(BrokerError::lost(&error).into()),
             },
@@ -172,7 +204,11 @@ pub async fn depths(link: &Link, queues: &[String]) -> Result<Vec<Option<Depth>>
 async fn agrees(link: &Link, declarations: &[&Declaration], mode: Mode) -> Result<bool, DeclareError> {
     let channel = link.connection().create_channel().await.map_err(|e| BrokerError::lost(&e))?;
     let answers = join_all(declarations.iter().map(|declaration| ask(&channel, declaration, mode))).await;
-    Ok(answers.iter().all(Result::is_ok))
+    let agrees = answers.iter().all(Result::is_ok);
+    if agrees {
+        let _ = channel.close(200, "done".into()).await;
+    }
+    Ok(agrees)
 }
 
 fn refuse_different(found: &[Found]) -> Result<(), DeclareError> {
@@ -194,6 +230,15 @@ pub fn name(declaration: &Declaration) -> Option<&str> {
             Some(name)
         }
         Declaration::Binding { .. } => None,
+    }
+}
+
+/// What a declaration is, for a person.
+fn title(declaration: &Declaration) -> String {
+    match declaration {
+        Declaration::Exchange { name, .. } | Declaration::Foreign { name } => format!("the exchange {name}"),
+        Declaration::Queue { name, .. } => format!("the queue {name}"),
+        Declaration::Binding { source, destination, .. } => format!("the binding {source} -> {}", destination.name()),
     }
 }
 
@@ -224,11 +269,17 @@ impl Scout<'_> {
         self.attempt(declaration, Mode::Passive).await
     }
 
-    async fn make(&mut self, declaration: &Declaration) -> Result<(), DeclareError> {
-        match self.attempt(declaration, Mode::Active).await? {
-            Found::Different(how) => Err(DeclareError::Mismatch(vec![how])),
-            Found::Missing => Err(DeclareError::Missing(name(declaration).map(str::to_owned).into_iter().collect())),
-            Found::Same | Found::Unknown => Ok(()),
+    async fn make(&mut self, declaration: &Declaration, made: usize) -> Result<(), DeclareError> {
+        match self.attempt(declaration, Mode::Active).await {
+            Ok(Found::Same | Found::Unknown) => Ok(()),
+            // It was not there a moment ago: somebody else declares as well.
+            Ok(Found::Different(said)) => Err(DeclareError::Refused { what: title(declaration), said, made }),
+            Ok(Found::Missing) => {
+                let said = "what it leads from or to is gone".into();
+                Err(DeclareError::Refused { what: title(declaration), said, made })
+            }
+            Err(DeclareError::Refused { what, said, .. }) => Err(DeclareError::Refused { what, said, made }),
+            Err(other) => Err(other),
         }
     }
 
@@ -256,11 +307,12 @@ impl Scout<'_> {
             {
                 Err(DeclareError::Plugin)
             }
-            AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
+            AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) if said.contains("inequivalent arg") => {
                 Ok(Found::Different(mismatch(name(declaration).unwrap_or_default(), &said)))
             }
             AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Err(DeclareError::Denied(said)),
-            _ => Err(BrokerError::lost(&error).into()),
+            AMQPErrorKind::Soft(_) => Err(DeclareError::Refused { what: title(declaration), said, made: 0 }),
+            AMQPErrorKind::Hard(_) => Err(BrokerError::lost(&error).into()),
         }
     }
 }

@@ -76,6 +76,9 @@ pub fn settings_and(reader: Reader, also: &[&str]) -> Result<Settings, ExitCode>
     match read {
         Ok((map, settings)) => {
             log::start(&settings);
+            for said in settings.amqp.ignored() {
+                tracing::warn!(variable = "AMQP_URL", "AMQP_URL: {said}");
+            }
             for name in unknown(&map) {
                 tracing::warn!(variable = name, "{name} is not a variable of Warren, it changes nothing: see --help");
             }

@@ -34,6 +34,9 @@ impl From<Secret> for Amqp {
     }
 }
 
+/// The parameters of a URL that mean something.
+const PARAMETERS: [&str; 5] = ["auth_mechanism", "channel_max", "connection_timeout", "frame_max", "heartbeat"];
+
 /// One URL, and the host in place of its own.
 pub type Node<'a> = (&'a str, Option<&'a str>);
 
@@ -115,6 +118,35 @@ impl Amqp {
         mistakes
     }
 
+    /// What in the URLs changes nothing, each a sentence: parameters that other clients know.
+    #[must_use]
+    pub fn ignored(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        for url in self.urls() {
+            let parameters = url.split_once('?').map_or("", |(_, rest)| rest.split('#').next().unwrap_or_default());
+            for parameter in parameters.split('&').filter(|parameter| !parameter.is_empty()) {
+                let name = parameter.split('=').next().unwrap_or_default();
+                if PARAMETERS.contains(&name) {
+                    continue;
+                }
+                let cure = match name {
+                    "cacertfile" | "certfile" | "keyfile" | "verify" | "ssl_options" => {
+                        "; certificates are named by AMQP_CA_FILE, AMQP_CERT_FILE and AMQP_KEY_FILE".to_owned()
+                    }
+                    _ => format!("; known are {}", PARAMETERS.join(", ")),
+                };
+                // What is no name may be a part of a password.
+                let is_name = name.len() <= 40 && name.chars().all(|c| c.is_ascii_alphabetic() || c == '_');
+                let shown = if is_name && !parameters.contains('@') { format!("'{name}'") } else { "one".to_owned() };
+                let said = format!("the parameter {shown} is not known and changes nothing{cure}");
+                if !all.contains(&said) {
+                    all.push(said);
+                }
+            }
+        }
+        all
+    }
+
     fn urls(&self) -> impl Iterator<Item = &str> {
         self.url.reveal().split(',').map(str::trim)
     }
@@ -188,6 +220,23 @@ mod tests {
         }
         let external = [("AMQP_URL", "amqps://a/?auth_mechanism=external"), ("AMQP_CERT", "c"), ("AMQP_KEY", "k")];
         assert!(read(&external).is_ok());
+    }
+
+    #[test]
+    fn parameters_that_change_nothing_are_named_and_no_password_is() {
+        let said = |url: &str| read(&[("AMQP_URL", url)]).expect("valid").ignored().join("\n");
+        assert_eq!(said("amqp://a/v?heartbeat=5&frame_max=8192&channel_max=9&connection_timeout=1000"), "");
+        assert_eq!(said("amqp://a:b@c/v"), "");
+        let other = said("amqp://a/v?hearbeat=5&frame_max=8192,amqp://b/v?hearbeat=5");
+        assert_eq!(other.lines().count(), 1, "{other}");
+        assert!(
+            other.starts_with("the parameter 'hearbeat' is not known and changes nothing; known are auth"),
+            "{other}"
+        );
+        assert!(said("amqps://a/v?cacertfile=/ca.pem").contains("AMQP_CA_FILE"));
+        for url in ["amqp://a:1?hunter=2@host/v", "amqp://a/v?hunter2=%20"] {
+            assert!(!said(url).contains("hunter"), "{}", said(url));
+        }
     }
 
     #[test]

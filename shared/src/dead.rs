@@ -28,11 +28,16 @@ pub struct Scene {
 /// An error's text is cut here: it is a header, not a log.
 const ERROR_LIMIT: usize = 1024;
 
-/// Where a message was to go that could not be sent: a replay sends it there.
-pub const DESTINATION: &str = "warren-dead-destination";
+/// Why it died, in a word.
+const REASON: &str = "warren-dead-reason";
+/// The word for an outgoing message that the broker will never take: a replay sends it to where it was to go.
+pub const UNSENDABLE: &str = "unsendable";
 
 /// All headers of a dead letter begin so.
 pub const PREFIX: &str = "warren-dead-";
+
+/// The exchange that a message was published to which is no event.
+pub const EXCHANGE: &str = "warren-dead-exchange";
 
 /// The dead letter of an event.
 #[must_use]
@@ -55,20 +60,38 @@ pub fn of_message(mut message: Message, cause: &Cause, scene: &Scene, exchange: 
         // The marks of its death must fit into the frame; its body stays whole.
         message.headers.clear();
     }
-    message.exchange = exchange.into();
+    let from = std::mem::replace(&mut message.exchange, exchange.into());
     mark(&mut message, cause, scene);
+    message.set(EXCHANGE, from);
     message
 }
 
-/// The letter brought back to life: the message as it was, its replay counted. What was on its way out goes where it was to go, all
-/// else to the pool's door.
+/// The exchange that a letter's message was published to: as noted here or, where the broker let it die itself, as noted there.
+fn origin(letter: &Message) -> Option<String> {
+    let noted = [EXCHANGE, "x-last-death-exchange", "x-first-death-exchange"];
+    noted.iter().find_map(|name| letter.header(name)).map(Value::to_string)
+}
+
+/// A letter as its message came: from the exchange that it was published to, not from that of the dead letters. A message
+/// that names no source of its own has its exchange for one, and so a part of its identity.
+pub fn recall(letter: &mut Message) {
+    if let Some(exchange) = origin(letter) {
+        letter.exchange = exchange;
+    }
+}
+
+/// The letter brought back to life: the message as it was, under the identity that it had, its replay counted. What was on its way out
+/// goes where it was to go, all else to the pool's door.
 #[must_use]
 pub fn revive(mut letter: Message, door: &str) -> Message {
-    let exchange = match letter.header(DESTINATION) {
-        Some(Value::Text(exchange)) if exchange.starts_with("warren.") => exchange.clone(),
-        _ => door.to_owned(),
-    };
+    let unsent = matches!(letter.header(REASON), Some(Value::Text(reason)) if reason == UNSENDABLE);
+    let exchange = origin(&letter).filter(|exchange| unsent && exchange.starts_with("warren."));
+    let exchange = exchange.unwrap_or_else(|| door.to_owned());
     let replays = letter.number(REPLAYED).unwrap_or(0).saturating_add(1);
+    if origin(&letter).is_some() {
+        recall(&mut letter);
+        letter.keep_source();
+    }
     letter.strip();
     letter.headers.retain(|(name, _)| !name.starts_with(PREFIX));
     letter.set(REPLAYED, i64::try_from(replays).unwrap_or(i64::MAX));
@@ -91,7 +114,7 @@ fn mark(message: &mut Message, cause: &Cause, scene: &Scene) {
     while !cause.error.is_char_boundary(end) {
         end -= 1;
     }
-    message.set("warren-dead-reason", cause.reason);
+    message.set(REASON, cause.reason);
     message.set("warren-dead-error", &cause.error[..end]);
     message.set("warren-dead-attempts", cause.attempts);
     message.set("warren-dead-handler", cause.handler.as_str());

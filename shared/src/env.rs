@@ -73,6 +73,7 @@ pub const VARIABLES: &[Variable] = &[
     secret(both("AMQP_CA", "", "the certificates of the only issuers that are trusted with amqps://, as PEM; empty: those that the system trusts")),
     secret(both("AMQP_CERT", "", "our certificate and its chain, as PEM, where the broker asks for one")),
     secret(both("AMQP_KEY", "", "the private key of AMQP_CERT, as PEM")),
+    both("SSL_CERT_FILE", "", "the certificates that are trusted where no other variable names some, as a PEM file (or SSL_CERT_DIR, a directory); empty: the system's"),
     both("RUST_LOG", "info", "what is logged: error, warn, info, debug, trace, or per target"),
     both("WARREN_LOG_FORMAT", "text", "text or json"),
     both("WARREN_CONNECT_TIMEOUT", "10s", "how long to try to reach the broker at the start; later it is tried for ever"),
@@ -82,11 +83,12 @@ pub const VARIABLES: &[Variable] = &[
     secret(both("WARREN_PAYLOAD_KEYS", "", "AES-256 keys for the events' data, id:base64 by comma or line: the first seals what is published, all open; 'plain' first: nothing is sealed")),
     secret(worker("DATABASE_URL", "sqlite://warren.db", "the store: sqlite:///path/to/file for one machine, postgres://user:password@host/database?sslmode=… for a fleet")),
     worker("WARREN_DATABASE_CONNECTIONS", "8", "connections for handlers inside the store's transaction (PostgreSQL), at most; the store itself takes up to 4 more"),
+    secret(worker("WARREN_MANAGEMENT_URL", "", "the broker's management interface, http://user:password@host:15672: 'check' looks there for bindings and policies, which AMQP does not show")),
     worker("WARREN_MEMORY", "", "bytes of event bodies that a worker holds at most, and as many of what is on its way out; nothing: an eighth of the container's memory, or of the machine's"),
     worker("WARREN_POOL", "default", "the pool of workers; part of every queue's name"),
     worker("WARREN_CONFIG", "", "YAML file with the routes"),
     worker("WARREN_ROUTES", "", "the same YAML inline; only one of the two may be set"),
-    worker("WARREN_SUBSCRIBE", "", "more events than the routes name: pattern or exchange:pattern, by comma (orders-exchange:order.#)"),
+    worker("WARREN_SUBSCRIBE", "", "more events than the routes name: pattern or exchange:pattern, by comma (orders-exchange:order.#); of a fanout exchange with the type of messages that bring none (Shop:OrderPlaced:#=order.placed)"),
     worker("WARREN_PARTITIONS", "16", "partitions a lane, 1 to 100; fixed for a pool's life"),
     worker("WARREN_LANES", "high:6,normal:3,low:1", "lanes and their weights"),
     worker("WARREN_ORDER", "key", "key: events of one key in order; none: all workers compete on all partitions"),
@@ -194,6 +196,7 @@ pub struct Settings {
     pub memory: Option<usize>,
     pub database: Database,
     pub database_connections: usize,
+    pub management: Option<Secret>,
     pub pool: String,
     pub config: Option<String>,
     pub routes: Option<String>,
@@ -265,6 +268,12 @@ impl Read<'_> {
         let file = self.file("DATABASE_URL");
         let database = self.get("DATABASE_URL", |v| database(v, file));
         let database_connections = self.get("WARREN_DATABASE_CONNECTIONS", |v| number(v, 1_usize, 1000));
+        let management = self.secret("WARREN_MANAGEMENT_URL");
+        let is_http = |url: &&Secret| ["http://", "https://"].iter().any(|scheme| url.reveal().starts_with(scheme));
+        if let Some(url) = management.as_ref().filter(|url| !is_http(url)) {
+            let variable = url.variable("WARREN_MANAGEMENT_URL");
+            self.mistake(&variable, "is not a URL of the form http://user:password@host:15672");
+        }
         let pool = self.get("WARREN_POOL", pool);
         let config = self.optional("WARREN_CONFIG");
         let routes = self.optional("WARREN_ROUTES");
@@ -303,6 +312,7 @@ impl Read<'_> {
             memory: memory?,
             database: database?,
             database_connections: database_connections?,
+            management,
             pool: pool?,
             config,
             routes,
@@ -449,13 +459,23 @@ fn subscriptions(value: &str) -> Result<Vec<Subscription>, String> {
     let parts = value.split(',').map(str::trim).filter(|part| !part.is_empty());
     parts
         .map(|part| {
-            let (exchange, pattern) = part.split_once(':').unwrap_or((BUS, part));
+            let (from, kind) = part.split_once('=').map_or((part, None), |(from, kind)| (from, Some(kind)));
+            // The last colon: names of exchanges hold some themselves (MassTransit).
+            let (exchange, pattern) = from.rsplit_once(':').unwrap_or((BUS, from));
             if exchange.is_empty() || exchange.len() > 255 {
                 return Err(format!("'{part}' names no exchange before its colon"));
             }
-            Ok(Subscription { exchange: exchange.into(), pattern: Pattern::parse(pattern)? })
+            let kind = kind.map(|kind| event_type(kind.trim(), part)).transpose()?;
+            Ok(Subscription { exchange: exchange.into(), pattern: Pattern::parse(pattern.trim())?, kind })
         })
         .collect()
+}
+
+fn event_type(kind: &str, part: &str) -> Result<String, String> {
+    match Pattern::parse(kind) {
+        Ok(_) if !kind.contains(['*', '#']) => Ok(kind.to_owned()),
+        _ => Err(format!("'{part}' names no event type after its '=', such as order.placed")),
+    }
 }
 
 #[cfg(test)]
@@ -480,6 +500,7 @@ mod tests {
             ("DATABASE_URL", "mysql://root:hunter2@host"),
             ("WARREN_LANES", "high:6"),
             ("WARREN_PARTITIONS", "0"),
+            ("WARREN_MANAGEMENT_URL", "amqp://user:hunter2@host"),
             ("WARREN_ORDER", "fifo"),
             ("WARREN_DRAIN_TIMEOUT", "25 parsecs"),
             ("WARREN_ADMIN_ADDR", "9090"),
@@ -488,7 +509,7 @@ mod tests {
             ("WARREN_CRASH_LIMIT", "1"),
         ])
         .expect_err("mistakes");
-        assert_eq!(mistakes.len(), 9, "{mistakes:#?}");
+        assert_eq!(mistakes.len(), 10, "{mistakes:#?}");
         let text = mistakes.iter().map(ToString::to_string).collect::<String>();
         assert!(!text.contains("hunter2"), "{text}");
         assert!(text.contains("WARREN_ORDER: 'fifo' is not one of: key, none"), "{text}");
@@ -525,6 +546,18 @@ mod tests {
         let settings = read(&[("WARREN_SUBSCRIBE", "order.#, theirs:a.*")]).expect("valid");
         let pairs: Vec<_> = settings.subscribe.iter().map(|s| (s.exchange.as_str(), s.pattern.as_str())).collect();
         assert_eq!(pairs, [(BUS, "order.#"), ("theirs", "a.*")]);
+    }
+
+    #[test]
+    fn a_subscription_names_the_type_of_messages_that_bring_none() {
+        let settings = read(&[("WARREN_SUBSCRIBE", "Shop:OrderPlaced:# = order.placed, theirs:#")]).expect("valid");
+        let first = &settings.subscribe[0];
+        assert_eq!((&*first.exchange, first.pattern.as_str()), ("Shop:OrderPlaced", "#"));
+        assert_eq!((first.kind.as_deref(), settings.subscribe[1].kind.as_deref()), (Some("order.placed"), None));
+        for wrong in ["theirs:#=", "theirs:#=order.#", "theirs:#=a b"] {
+            let mistakes = read(&[("WARREN_SUBSCRIBE", wrong)]).expect_err(wrong);
+            assert!(mistakes[0].to_string().contains("names no event type"), "{mistakes:?}");
+        }
     }
 
     #[test]

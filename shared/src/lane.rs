@@ -10,6 +10,9 @@ pub struct Lane {
     pub weight: u32,
 }
 
+/// Words that stand where a lane's name stands in the names of a pool's other queues and exchanges.
+pub const RESERVED: [&str; 5] = ["delay", "dead", "unrouted", "fleet", "probe"];
+
 /// The lane of events that ask for none.
 pub const NORMAL: &str = "normal";
 
@@ -46,8 +49,7 @@ impl Lanes {
             if !is_name(name) {
                 return Err(format!("'{name}' is not a name of a-z, 0-9 and -"));
             }
-            // These words stand where a lane's name stands in the names of other queues.
-            if ["delay", "dead", "unrouted", "fleet"].contains(&name) {
+            if RESERVED.contains(&name) {
                 return Err(format!("'{name}' is taken, choose another name"));
             }
             let weight = match weight.parse() {
@@ -101,7 +103,7 @@ mod tests {
     #[test]
     fn refuses_what_cannot_be_a_lane() {
         for text in
-            ["", "high", "normal:0", "normal:x", "high:1", "normal:1,normal:2", "normal:1,dead:1", "A:1,normal:1"]
+            ["", "high", "normal:0", "normal:x", "high:1", "normal:1,normal:2", "normal:1,probe:1", "A:1,normal:1"]
         {
             assert!(Lanes::parse(text).is_err(), "{text}");
         }

@@ -2,7 +2,7 @@
 use crate::lane::{Lane, Lanes, NORMAL};
 use crate::pattern::Pattern;
 use crate::retry::{LADDER, Step};
-use crate::wire::LANE;
+use crate::wire::{LANE, Message};
 
 /// The bus: one topic exchange for all pools. Routing key = event type.
 pub const BUS: &str = "warren.events";
@@ -32,6 +32,19 @@ pub struct Subscription {
     pub exchange: String,
     /// Which routing keys.
     pub pattern: Pattern,
+    /// The type of its messages that bring none: neither a `type` nor a routing key, as from a fanout exchange.
+    pub kind: Option<String>,
+}
+
+/// Gives a plain message that brings neither a type nor a routing key the type that its exchange's subscription names.
+pub fn give_type(subscriptions: &[Subscription], message: &mut Message) {
+    if !message.routing_key.is_empty() || message.kind.as_ref().is_some_and(|kind| !kind.is_empty()) {
+        return;
+    }
+    let of = |subscription: &&Subscription| subscription.exchange == message.exchange && subscription.kind.is_some();
+    if let Some(subscription) = subscriptions.iter().find(of) {
+        message.kind.clone_from(&subscription.kind);
+    }
 }
 
 /// The broker's side of one pool.
@@ -158,7 +171,7 @@ impl Destination {
 }
 
 /// A net, not a policy: it counts every return, also those of a broker's restart (BROKER: until 4.2).
-const DELIVERY_LIMIT: i64 = 200;
+pub const DELIVERY_LIMIT: i64 = 200;
 /// Where letters are only looked at, no number of looks may drop one.
 const NEVER: i64 = 1_000_000_000;
 /// How long a partition waits for a consumer whose broker node is gone before the next in line is served, in ms. RabbitMQ 4.3
@@ -277,13 +290,36 @@ impl Topology {
         }
         // Last: events flow in only when all that catches them is there.
         for subscription in &self.subscriptions {
-            let Subscription { exchange, pattern } = subscription;
+            let Subscription { exchange, pattern, .. } = subscription;
             if exchange != BUS {
                 all.push(Declaration::Foreign { name: exchange.clone() });
             }
             all.push(bind(exchange, Destination::Exchange(self.door()), pattern.as_str(), vec![]));
         }
         all
+    }
+
+    /// What somebody should know who takes events of other teams' exchanges.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let theirs = || self.subscriptions.iter().filter(|subscription| subscription.exchange != BUS);
+        for Subscription { exchange, .. } in theirs().filter(|theirs| theirs.pattern.as_str() == "#") {
+            if !theirs().any(|other| other.exchange == *exchange && other.kind.is_some()) {
+                notes.push(format!(
+                    "a message of '{exchange}' without type and routing key, as fanout exchanges bring them, is dead-lettered: \
+                     write {exchange}:#=order.placed to name its type"
+                ));
+            }
+        }
+        if theirs().next().is_some() && self.order == Order::Key && self.queue_type == QueueType::Quorum {
+            notes.push(
+                "RabbitMQ 4 lets messages with a higher AMQP priority overtake others of their key: have upstream set none, or the \
+                 same for all of a key"
+                    .into(),
+            );
+        }
+        notes
     }
 
     fn partition_arguments(&self) -> Arguments {
@@ -352,6 +388,7 @@ mod tests {
             subscriptions: vec![Subscription {
                 exchange: "theirs".into(),
                 pattern: Pattern::parse("order.#").expect("valid"),
+                kind: None,
             }],
         }
     }
@@ -385,6 +422,39 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn no_lane_can_take_the_name_of_another_part_of_the_pool() {
+        let topology = topology();
+        let own = |name: &str| name.strip_prefix(&format!("{}.", topology.door())).map(str::to_owned);
+        for declaration in topology.declarations() {
+            let (Declaration::Exchange { name, .. } | Declaration::Queue { name, .. }) = declaration else { continue };
+            let Some(rest) = own(&name) else { continue };
+            let word = rest.split('.').next().unwrap_or_default();
+            let is_lane = topology.lanes.position(word).is_some();
+            assert!(is_lane || Lanes::parse(&format!("normal:1,{word}:1")).is_err(), "a lane could be called '{word}'");
+        }
+    }
+
+    #[test]
+    fn a_message_without_a_type_gets_that_of_its_exchange_and_no_other_does() {
+        let subscription = |exchange: &str, kind: Option<&str>| Subscription {
+            exchange: exchange.into(),
+            pattern: Pattern::parse("#").expect("valid"),
+            kind: kind.map(str::to_owned),
+        };
+        let all = [subscription("a", None), subscription("a", Some("order.placed")), subscription("b", None)];
+        let kind = |exchange: &str, key: &str, kind: Option<&str>| {
+            let (exchange, routing_key, kind) = (exchange.into(), key.into(), kind.map(str::to_owned));
+            let mut message = Message { exchange, routing_key, kind, ..Message::default() };
+            give_type(&all, &mut message);
+            message.kind
+        };
+        assert_eq!(kind("a", "", None).as_deref(), Some("order.placed"));
+        assert_eq!(kind("a", "", Some("")).as_deref(), Some("order.placed"));
+        assert_eq!(kind("a", "", Some("own")).as_deref(), Some("own"));
+        assert_eq!((kind("a", "key", None), kind("b", "", None), kind("c", "", None)), (None, None, None));
     }
 
     #[test]

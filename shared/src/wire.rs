@@ -158,6 +158,18 @@ impl Message {
         self.headers.retain(|(name, _)| !MARKS.iter().any(|mark| name.starts_with(mark)));
     }
 
+    /// Writes the source down that this message has because of where it was published to, before it is published to somewhere
+    /// else.
+    pub fn keep_source(&mut self) {
+        let is_plain = !is_event(self.content_type.as_deref().unwrap_or_default())
+            && !self.headers.iter().any(|(name, _)| attribute_at(name).is_some());
+        let source = source_of(&self.exchange);
+        // Longer ones do not fit into the property.
+        if is_plain && self.app_id.as_deref().unwrap_or_default().is_empty() && source.len() <= 255 {
+            self.app_id = Some(source);
+        }
+    }
+
     /// Reads the event in it. `fresh_id` is asked only where the message brings no id.
     ///
     /// # Errors
@@ -280,10 +292,7 @@ impl Message {
 
     fn open_plain(self, body: &[u8], limits: Limits, fresh_id: impl FnOnce() -> String) -> Result<Event, Unreadable> {
         let id = given(self.message_id).unwrap_or_else(fresh_id);
-        let source = given(self.app_id).unwrap_or_else(|| match self.exchange.as_str() {
-            "" => "/amqp".into(),
-            exchange => format!("/amqp/{exchange}"),
-        });
+        let source = given(self.app_id).unwrap_or_else(|| source_of(&self.exchange));
         let kind = given(self.kind).unwrap_or(self.routing_key);
         let mut event = Event::new(id, source, kind)?;
         event.edit().time = self.timestamp.and_then(time_of);
@@ -426,6 +435,11 @@ impl Header {
             _ => 10,
         }
     }
+}
+
+/// The source of a plain message that names none.
+fn source_of(exchange: &str) -> String {
+    if exchange.is_empty() { "/amqp".into() } else { format!("/amqp/{exchange}") }
 }
 
 /// A property that says something.

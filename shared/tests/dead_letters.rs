@@ -138,6 +138,40 @@ fn a_message_that_is_no_event_dies_and_revives_as_it_came() {
     assert_eq!(dead::revive(alive, "x").number("warren-replayed"), Some(2));
 }
 
+/// A message of a system that names no source, as the broker hands it out of the queue of dead letters.
+fn sourceless(death: &[(&str, &str)]) -> Message {
+    let headers = death.iter().map(|(name, value)| ((*name).to_owned(), Header::Plain((*value).into()))).collect();
+    Message { exchange: "warren.orders.dead".into(), app_id: None, headers, body: b"{}".to_vec(), ..garbage() }
+}
+
+#[test]
+fn a_replay_has_the_identity_that_its_message_had_whoever_let_it_die() {
+    let wanted = Message { exchange: "orders-exchange".into(), ..sourceless(&[]) };
+    let wanted = read(&wanted).identity;
+    for death in [
+        &[("x-first-death-exchange", "orders-exchange"), ("x-first-death-reason", "expired")][..],
+        // It had died elsewhere before it came to us.
+        &[("x-first-death-exchange", "elsewhere"), ("x-last-death-exchange", "orders-exchange")],
+    ] {
+        let mut letter = sourceless(death);
+        let alive = dead::revive(letter.clone(), "warren.orders");
+        assert_eq!((read(&alive).identity, alive.exchange.as_str()), (wanted, "warren.orders"), "{death:?}");
+        assert_eq!(read(&dead::revive(alive, "warren.orders")).identity, wanted, "a second replay");
+        dead::recall(&mut letter);
+        assert_eq!(read(&letter).identity, wanted, "as it is shown");
+    }
+    // Ours: it could not be read, and can be after a change of the limits.
+    let unread = Message { app_id: None, body: b"{}".to_vec(), ..garbage() };
+    let letter = dead::of_message(unread.clone(), &cause("too large"), &scene(), "warren.orders.dead");
+    assert_eq!(
+        read(&dead::revive(letter, "warren.orders")).identity,
+        read(&Message { headers: vec![], ..unread }).identity
+    );
+    // What says itself where it is from is left as it is.
+    let own = Message { app_id: Some("shop".into()), ..sourceless(&[("x-first-death-exchange", "orders-exchange")]) };
+    assert_eq!(dead::revive(own, "warren.orders").app_id.as_deref(), Some("shop"));
+}
+
 #[test]
 fn an_event_keeps_the_properties_of_its_message_but_for_the_encoding_that_it_was_read_from() {
     let foreign = |encoding: Option<&str>| {
@@ -163,10 +197,10 @@ fn headers_that_would_not_fit_beside_the_reason_stay_behind() {
         let message = Message { headers: (0..count).map(header).collect(), ..garbage() };
         dead::of_message(message, &cause("no"), &scene(), "d")
     };
-    assert_eq!(with(60).headers.len(), 60 + 8);
-    assert_eq!(with(70).headers.len(), 8);
+    assert_eq!(with(60).headers.len(), 60 + 9);
+    assert_eq!(with(70).headers.len(), 9);
     let header = |i| (format!("{i:04}"), Header::Plain("".into()));
     let many = Message { headers: (0..8000).map(header).collect(), ..garbage() };
-    assert_eq!(dead::of_message(many, &cause("no"), &scene(), "d").headers.len(), 8, "small headers count in full");
+    assert_eq!(dead::of_message(many, &cause("no"), &scene(), "d").headers.len(), 9, "small headers count in full");
     assert_eq!(with(70).body, garbage().body);
 }

@@ -128,6 +128,56 @@ async fn a_letter_carries_all_its_marks_and_the_event_as_it_was() -> anyhow::Res
 }
 
 #[tokio::test]
+async fn a_letter_that_the_broker_made_is_replayed_under_the_identity_that_it_had() -> anyhow::Result<()> {
+    let mut lab = pool("dead-expired").await?;
+    let (_connection, channel) = lab.channel().await?;
+    let options = lapin::options::ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let arguments = lapin::types::FieldTable::default();
+    channel.exchange_declare("orders-exchange".into(), lapin::ExchangeKind::Topic, options, arguments).await?;
+    lab.set("WARREN_SUBSCRIBE", "orders-exchange:order.#");
+    lab.declare().await?;
+    let policies = format!("policies/{}/short", lab.name);
+    let policy = json!({"pattern": "p[0-9]+$", "definition": {"message-ttl": 500}, "apply-to": "queues"});
+    lab.rabbit.api("PUT", &policies, Some(policy))?;
+    // It names neither app_id nor anything else: its exchange is its source.
+    let plain = |id: &str| Raw::new("order.placed", "{}").to("orders-exchange").id(id).key("k");
+    lab.publish(&[plain("twice")]).await?;
+    lab.dead_letters(1, PATIENCE).await?;
+    lab.rabbit.api("DELETE", &policies, None)?;
+    let (stdout, _) = dead(&lab, &["list", "--json"]).await?;
+    let letter: Value = serde_json::from_str(stdout.trim())?;
+    ensure!(letter["reason"] == "expired" && letter["source"] == "/amqp/orders-exchange", "{letter}");
+    // Its publisher missed an answer and sends it again; that one is handled.
+    let _worker = lab.worker()?;
+    lab.publish(&[plain("twice")]).await?;
+    until("handled", PATIENCE, || lab.acts_of("twice").len() == 1).await?;
+    ensure!(treated(&lab, &["replay", "--all"]).await? == 1);
+    // One key: the replay is settled before what follows it.
+    lab.publish(&[plain("last")]).await?;
+    until("the last", PATIENCE, || !lab.acts_of("last").is_empty()).await?;
+    ensure!(lab.acts_of("twice").len() == 1, "the replay was handled as another event: {:?}", lab.acts_of("twice"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_empty_filter_treats_nothing() -> anyhow::Result<()> {
+    let lab = pool("dead-empty").await?;
+    let _worker = lab.worker()?;
+    lab.publish(&[Raw::new("order.placed", "{\"a\":").content_type("application/json")]).await?;
+    lab.dead_letters(1, PATIENCE).await?;
+    for command in ["drop", "replay", "list"] {
+        for filter in ["--id", "--type", "--reason"] {
+            let (_, stderr) = expect_exit(&lab.run(&["dead", command, filter, ""]).await?, 64)?;
+            ensure!(stderr.contains(filter), "{stderr}");
+        }
+    }
+    expect_exit(&lab.run(&["dead", "show", ""]).await?, 64)?;
+    ensure!(lab.letters().await?.len() == 1, "it is still there");
+    ensure!(treated(&lab, &["drop", "--reason", "bad-json"]).await? == 1);
+    Ok(())
+}
+
+#[tokio::test]
 async fn all_letters_are_treated_only_when_that_is_said() -> anyhow::Result<()> {
     let lab = pool("dead-all").await?;
     let _worker = lab.worker()?;

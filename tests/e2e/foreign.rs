@@ -6,6 +6,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
+use warren_tests::process::expect_exit;
 use warren_tests::raw::free_port;
 use warren_tests::{Lab, Raw, foreign, until};
 
@@ -201,6 +202,107 @@ async fn the_lane_header_chooses_the_lane_and_an_unknown_lane_is_normal() -> any
         let handled = || lab.metric(&address, "warren_handled_total", &[("lane", lane)]).ok().flatten();
         until(lane, PATIENCE, || handled() == Some(f64::from(count))).await?;
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn messages_of_a_fanout_exchange_get_the_type_that_the_subscription_names() -> anyhow::Result<()> {
+    let mut lab = Lab::new("foreign-fanout")?;
+    let (_connection, channel) = lab.channel().await?;
+    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    // As MassTransit calls it.
+    let exchange = "Shop:OrderPlaced";
+    channel.exchange_declare(exchange.into(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
+    lab.set("WARREN_ROUTES", &format!("routes: [{}]", lab.actor_route("order.placed", "")));
+    lab.set("WARREN_SUBSCRIBE", &format!("{exchange}:#"));
+    let (check, _) = expect_exit(&lab.run(&["check"]).await?, 0)?;
+    ensure!(check.contains("write Shop:OrderPlaced:#=order.placed to name its type"), "{check}");
+    lab.set("WARREN_SUBSCRIBE", &format!("{exchange}:#=order.placed"));
+    let (check, _) = expect_exit(&lab.run(&["check"]).await?, 0)?;
+    ensure!(!check.contains("to name its type"), "{check}");
+    lab.declare().await?;
+    let _worker = lab.worker()?;
+    let message = |id: &str, body: &str| Raw::new("", body).to(exchange).id(id).content_type("application/json");
+    lab.publish(&[message("m-1", "{\"n\": 1}"), message("broken", "{")]).await?;
+    until("handled", PATIENCE, || !lab.acts_of("m-1").is_empty()).await?;
+    let event = lab.acts_of("m-1")[0]["event"].clone();
+    ensure!(attribute(&event, "type") == "order.placed", "{event}");
+    ensure!(attribute(&event, "source") == "/amqp/Shop:OrderPlaced", "{event}");
+    // What cannot be read keeps the type as well, so a replay has it.
+    lab.dead_letters(1, PATIENCE).await?;
+    let (listed, _) = expect_exit(&lab.run(&["dead", "list", "--json", "--type", "order.placed"]).await?, 0)?;
+    ensure!(listed.contains("\"broken\""), "it is not listed: {listed}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_priority_on_an_ordered_queue_is_warned_about_once() -> anyhow::Result<()> {
+    let lab = pool("foreign-priority").await?;
+    let mut worker = lab.worker()?;
+    let message = |id: &str, priority: u8| {
+        Raw::new("order.placed", "{}").to("orders-exchange").id(id).key("k").with(|p| p.with_priority(priority))
+    };
+    lab.publish(&[message("none", 0), message("jms", 4)]).await?;
+    until("both handled", PATIENCE, || lab.acts().len() == 2).await?;
+    ensure!(!worker.log().contains("AMQP priority"), "{}", worker.log());
+    lab.publish(&[message("a", 9), message("b", 5)]).await?;
+    until("all handled", PATIENCE, || lab.acts().len() == 4).await?;
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    ensure!(worker.log().matches("came with the AMQP priority").count() == 1, "{}", worker.log());
+    let (check, _) = expect_exit(&lab.run(&["check"]).await?, 0)?;
+    ensure!(check.contains("higher AMQP priority overtake"), "{check}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_binding_that_somebody_takes_away_is_made_again() -> anyhow::Result<()> {
+    let mut lab = pool("foreign-unbound").await?;
+    lab.set("WARREN_TEST_PACE", "0.05");
+    let worker = lab.worker()?;
+    let message = |id: &str| Raw::new("order.placed", "{}").to("orders-exchange").id(id);
+    lab.publish(&[message("before")]).await?;
+    until("handled", PATIENCE, || !lab.acts_of("before").is_empty()).await?;
+    // As an upstream team does that deploys its exchange anew.
+    let (_connection, channel) = lab.channel().await?;
+    channel.exchange_delete("orders-exchange".into(), Default::default()).await?;
+    until("it is missed", PATIENCE, || worker.log().contains("'orders-exchange' of WARREN_SUBSCRIBE does not exist"))
+        .await?;
+    theirs(&lab, "orders-exchange").await?;
+    let bound = || {
+        let path = format!("exchanges/{}/orders-exchange/bindings/source", lab.name);
+        lab.rabbit.api("GET", &path, None).is_ok_and(|all| all.as_array().is_some_and(|all| !all.is_empty()))
+    };
+    until("it is bound again", PATIENCE, bound).await?;
+    lab.publish(&[message("after")]).await?;
+    until("handled", PATIENCE, || !lab.acts_of("after").is_empty()).await
+}
+
+#[tokio::test]
+async fn a_connection_carries_sixteen_channels_also_when_one_of_them_is_opened_again() -> anyhow::Result<()> {
+    let mut lab = Lab::new("foreign-channels")?;
+    lab.set("WARREN_PARTITIONS", "16");
+    lab.declare().await?;
+    let _worker = lab.worker()?;
+    // Each partition's consumer, and its connection.
+    let consumers = || {
+        let all = lab.rabbit.api("GET", &format!("consumers/{}", lab.name), None).unwrap_or_default();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let of = |c: &Value| {
+            let consumer = (text(&c["consumer_tag"]), text(&c["channel_details"]["connection_name"]));
+            (text(&c["queue"]["name"]), consumer)
+        };
+        let partitions = all.as_array().into_iter().flatten().map(of).filter(|(queue, _)| queue.contains(".normal.p"));
+        partitions.collect::<BTreeMap<_, _>>()
+    };
+    until("all are consumed", PATIENCE, || consumers().len() == 16).await?;
+    let queue = format!("warren.{}.normal.p03", lab.name);
+    let before = consumers()[&queue].clone();
+    let (_connection, channel) = lab.channel().await?;
+    channel.queue_delete((&*queue).into(), Default::default()).await?;
+    let is_new = || consumers().get(&queue).is_some_and(|now| now.0 != before.0);
+    until("it is declared and consumed again", PATIENCE, is_new).await?;
+    let connections: HashSet<String> = consumers().into_values().map(|(_, connection)| connection).collect();
+    ensure!(connections.len() == 1, "{connections:?}");
     Ok(())
 }
 

@@ -24,6 +24,7 @@ mod publishing;
 mod receipt;
 mod relay;
 mod relay_faults;
+mod relay_locks;
 mod rotation;
 mod routes;
 mod seal;

@@ -87,6 +87,85 @@ async fn a_broker_that_refuses_or_is_not_there_is_named_with_the_cure() -> anyho
     holds(&refused(&lab, 69).await?, &["refuses vhost 'startup-broker'", "grant user 'guest' access"])
 }
 
+/// A limit of this test's vhost, which goes with it.
+fn limit(lab: &Lab, name: &str, value: u32) -> anyhow::Result<()> {
+    lab.rabbit.api("PUT", &format!("vhost-limits/{}/{name}", lab.name), Some(json!({"value": value}))).map(drop)
+}
+
+#[tokio::test]
+async fn a_limit_of_the_broker_is_told_as_such() -> anyhow::Result<()> {
+    let mut lab = Lab::new("startup-limits")?;
+    lab.set("WARREN_CONNECT_TIMEOUT", "1s");
+    limit(&lab, "max-queues", 5)?;
+    // The safety nets and two partitions; what was made is said, as it stays.
+    let queues = |lab: &Lab| Ok::<_, anyhow::Error>(lab.names()?.iter().filter(|n| n.starts_with("queues")).count());
+    let text = said(&lab, &["topology", "--apply"], 69).await?;
+    holds(&text, &["refuses the queue warren.startup-limits.normal.p02", "queue limit", "were made before and stay"])?;
+    ensure!(!text.contains("nothing was changed") && queues(&lab)? == 5, "{text}");
+    holds(&refused(&lab, 69).await?, &["refuses the queue", "queue limit", "nothing was changed"])?;
+    limit(&lab, "max-queues", 100)?;
+    lab.declare().await?;
+    limit(&lab, "max-connections", 0)?;
+    let text = refused(&lab, 69).await?;
+    holds(&text, &["takes no connection now", "limit", "raise the limit"])?;
+    ensure!(!text.contains("create it"), "{text}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_parameter_of_the_url_that_means_nothing_is_warned_about() -> anyhow::Result<()> {
+    let mut lab = Lab::new("startup-parameters")?;
+    lab.set("AMQP_URL", &format!("{}?heartbeat=5&hearbeat=5&verify=verify_peer", lab.url()));
+    let text = said(&lab, &["check"], 0).await?;
+    holds(&text, &["AMQP_URL: the parameter 'hearbeat' is not known", "the parameter 'verify'", "AMQP_CA_FILE"])
+}
+
+#[tokio::test]
+async fn check_sees_bindings_and_policies_where_it_may_and_says_so_where_not() -> anyhow::Result<()> {
+    let mut lab = Lab::new("startup-behind")?;
+    lab.declare().await?;
+    let pool = lab.name.clone();
+    let unseen = ["note     bindings: are not looked at", "note     policies: are not seen", "WARREN_MANAGEMENT_URL"];
+    holds(&said(&lab, &["check"], 0).await?, &unseen)?;
+    holds(&said(&lab, &["topology"], 0).await?, &["the bindings, which are not looked at"])?;
+    let management = lab.rabbit.management.first().context("a management interface")?.clone();
+    let with = |login: &str| management.replace("http://", &format!("http://{login}@"));
+    lab.set("WARREN_MANAGEMENT_URL", &with(&format!("nobody:{PASSWORD}")));
+    holds(&said(&lab, &["check"], 0).await?, &["policies: are not seen", "401", "'management'"])?;
+    lab.set("WARREN_MANAGEMENT_URL", &with("guest:guest"));
+    let told = async |wanted: &str| {
+        let since = std::time::Instant::now();
+        loop {
+            let mut command = process::command("warren-worker", &lab.environment);
+            command.arg("check");
+            let output = process::output(command, Vec::new()).await?;
+            // The interface gathers what it tells of queues every five seconds.
+            let text = String::from_utf8(output.stdout)?;
+            if text.contains(wanted) {
+                return Ok((output.status.code(), text));
+            }
+            ensure!(since.elapsed() < PATIENCE, "{wanted} is not in:\n{text}");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    let (code, text) = told("ok       policies").await?;
+    holds(&text, &["ok       bindings"])?;
+    ensure!(code == Some(0), "{text}");
+
+    let policy = json!({"pattern": ".*", "definition": {"delivery-limit": 5}, "apply-to": "queues"});
+    lab.rabbit.api("PUT", &format!("policies/{pool}/everything"), Some(policy))?;
+    let (_connection, channel) = lab.channel().await?;
+    let (queue, lane) = (format!("warren.{pool}.normal.p01"), format!("warren.{pool}.normal"));
+    channel.queue_unbind((&*queue).into(), (&*lane).into(), "1".into(), FieldTable::default()).await?;
+    let policy = format!("warren.{pool}.normal.p00 and 2 more: the policy 'everything' sets delivery-limit 5");
+    let binding = format!("{lane} -> {queue} (1)");
+    let (code, text) = told(&policy).await?;
+    holds(&text, &[&format!("bindings: to be made: {binding}")])?;
+    ensure!(code == Some(1), "{text}");
+    lab.set("WARREN_DECLARE", "never");
+    holds(&said(&lab, &["check"], 69).await?, &[&policy, &format!("missing on the broker: {binding}")])
+}
+
 #[tokio::test]
 async fn a_queue_with_other_arguments_is_named_and_nothing_is_created() -> anyhow::Result<()> {
     let lab = Lab::new("startup-mismatch")?;

@@ -4,10 +4,12 @@ use crate::config;
 use crate::dead::{Dead, Filter, Letter, Treatment, describe};
 use crate::fleet::JoinError;
 use crate::init;
+use crate::management;
 use crate::process::{Instances, Order, Shown, Style, draw};
 use crate::shutdown;
 use crate::status;
 use crate::worker::{Builder, Worker, open, worker_name};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -132,6 +134,7 @@ enum DeadCommand {
     /// Show one in full, payload included
     Show {
         /// The event's id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         id: String,
     },
     /// Publish them to the pool again, in order; each is removed once the broker has confirmed it
@@ -155,13 +158,13 @@ enum DeadCommand {
 #[derive(Args)]
 struct Which {
     /// Only of this reason
-    #[arg(long)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     reason: Option<String>,
     /// Only of this event type
-    #[arg(long = "type")]
+    #[arg(long = "type", value_parser = NonEmptyStringValueParser::new())]
     kind: Option<String>,
-    /// Only of this event id
-    #[arg(long)]
+    /// Only of this event id; letters without one are found by their reason
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     id: Option<String>,
 }
 
@@ -267,6 +270,7 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
     let mut tell = |what: &str, result: Result<(), (u8, String)>| -> anyhow::Result<()> {
         match result {
             Ok(()) => println(&format!("ok       {what}")),
+            Err((0, note)) => println(&format!("note     {what}: {note}")),
             Err((code, problem)) => {
                 worst = worst.max(code);
                 println(&format!("problem  {what}: {problem}"))
@@ -309,7 +313,7 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
                         }
                     }
                     match (missing.len(), settings.declare) {
-                        (0, _) => tell("topology (complete)", Ok(()))?,
+                        (0, _) => tell("topology (all exchanges and queues are there)", Ok(()))?,
                         (n, Declare::Auto) => tell(&format!("topology ({n} to be declared)"), Ok(()))?,
                         (_, Declare::Never) => {
                             let error = DeclareError::Missing(missing.into_iter().map(str::to_owned).collect());
@@ -320,7 +324,47 @@ async fn check(settings: &Settings, topology: &Topology, mistakes: &[String]) ->
             }
         }
     }
+    for (what, result) in look_behind(settings, topology, &broker).await {
+        tell(what, result)?;
+    }
+    for note in topology.notes() {
+        tell("subscriptions", Err((0, note)))?;
+    }
     Ok(ExitCode::from(worst))
+}
+
+type Answer = (&'static str, Result<(), (u8, String)>);
+
+/// What only the management interface shows, or that it is not seen.
+async fn look_behind(settings: &Settings, topology: &Topology, broker: &Broker) -> Vec<Answer> {
+    let unseen = |why: &str| {
+        vec![("bindings", Err((0, status::UNSEEN.into()))), ("policies", Err((0, format!("are not seen: {why}"))))]
+    };
+    let Some(url) = &settings.management else {
+        return unseen("name the management interface in WARREN_MANAGEMENT_URL");
+    };
+    let seen = match management::look(url, &broker.vhost(), topology).await {
+        Ok(seen) => seen,
+        Err(why) => return unseen(&format!("WARREN_MANAGEMENT_URL: {why}")),
+    };
+    let bindings = match (seen.missing.is_empty(), settings.declare) {
+        (true, _) => Ok(()),
+        (false, Declare::Auto) => Err((0, format!("to be made: {}", seen.missing.join(", ")))),
+        (false, Declare::Never) => {
+            let cure = "run 'warren-worker topology --apply'";
+            Err((exit::UNAVAILABLE, format!("missing on the broker: {}: {cure}", seen.missing.join(", "))))
+        }
+    };
+    let mut all = vec![("bindings", bindings)];
+    if seen.untold > 0 {
+        let untold = count(seen.untold, "queue");
+        all.push(("policies", Err((0, format!("are not told yet of {untold}: try again in some seconds")))));
+    } else if seen.harmful.is_empty() {
+        all.push(("policies", Ok(())));
+    }
+    let change = |said| format!("{said}; change it, or its pattern");
+    all.extend(seen.harmful.into_iter().map(|said| ("policies", Err((exit::FAILED, change(said))))));
+    all
 }
 
 async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::Result<ExitCode> {
@@ -365,7 +409,8 @@ async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::
         }
     }
     match (missing, different) {
-        (0, 0) => eprintln!("the broker has all of it"),
+        (0, 0) if apply => eprintln!("the broker has all of it"),
+        (0, 0) => eprintln!("the broker has all of it, but for the bindings, which {}", status::UNSEEN),
         (missing, 0) => eprintln!("{missing} missing: 'warren-worker topology --apply' declares them"),
         (_, different) => eprintln!("{different} different: nothing can be declared until they are out of the way"),
     }

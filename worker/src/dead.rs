@@ -8,11 +8,11 @@ use anyhow::bail;
 use std::collections::{BTreeMap, HashSet};
 use warren_publisher::publish::{Options, Refused};
 use warren_publisher::{Broker, Confirmed, Publisher};
-use warren_shared::dead::{PREFIX, revive};
+use warren_shared::dead::{PREFIX, recall, revive};
 use warren_shared::env::Settings;
 use warren_shared::event::Value;
 use warren_shared::json::{glimpse, without_bom};
-use warren_shared::topology::Topology;
+use warren_shared::topology::{Topology, give_type};
 use warren_shared::{Limits, Message};
 
 /// Which letters.
@@ -82,7 +82,8 @@ impl Letter {
         let mark = |name: &str| header(&format!("{PREFIX}{name}")).unwrap_or_default();
         let attribute = |name: &str| ["_", ":"].iter().find_map(|sign| header(&format!("cloudEvents{sign}{name}")));
         // The broker's own net leaves marks of its own.
-        let reason = header("warren-dead-reason").or_else(|| header("x-first-death-reason")).unwrap_or_default();
+        let marks = ["warren-dead-reason", "x-last-death-reason", "x-first-death-reason"];
+        let reason = marks.iter().find_map(|name| header(name)).unwrap_or_default();
         // What could not be read may still tell who it is.
         let event = message.read(Limits::default(), String::new).ok().map(|incoming| incoming.event);
         let of = |f: fn(&warren_shared::Event) -> String| event.as_ref().map(f);
@@ -93,6 +94,7 @@ impl Letter {
             reason,
             kind: of(|e| e.kind().to_owned())
                 .or_else(|| attribute("type"))
+                .or_else(|| message.kind.clone().filter(|kind| !kind.is_empty()))
                 .or(kind)
                 .unwrap_or_else(|| message.routing_key.clone()),
             id: of(|e| e.id().to_owned())
@@ -141,8 +143,7 @@ impl Dead {
     ) -> anyhow::Result<()> {
         let link = self.broker.connect_within("dead", self.settings.connect_timeout).await?;
         let mut pile = Pile::open(&link, &self.topology.dead()).await?;
-        while let Some((_, message)) = pile.next().await? {
-            let letter = Letter::of(&message);
+        while let Some((_, letter, message)) = self.next(&mut pile).await? {
             if filter.takes(&letter) {
                 show(letter, message)?;
             }
@@ -150,6 +151,15 @@ impl Dead {
         pile.close().await;
         link.close().await;
         Ok(())
+    }
+
+    /// The next letter, as its message came.
+    async fn next(&self, pile: &mut Pile) -> anyhow::Result<Option<(u64, Letter, Message)>> {
+        Ok(pile.next().await?.map(|(tag, mut message)| {
+            recall(&mut message);
+            give_type(&self.topology.subscriptions, &mut message);
+            (tag, Letter::of(&message), message)
+        }))
     }
 
     /// Replays or drops each letter that the filter takes, oldest first; returns how many, by reason, and how many of those that
@@ -170,7 +180,7 @@ impl Dead {
         let (mut done, mut forgotten, mut treated) = (BTreeMap::new(), 0, HashSet::new());
         let mut chunk = Vec::new();
         loop {
-            let next = pile.next().await?.map(|(tag, message)| (tag, Letter::of(&message), message));
+            let next = self.next(&mut pile).await?;
             let last = next.is_none();
             // The worker's clock may be ahead of ours: what lay there at the beginning is meant in any case.
             let meant = |letter: &Letter| pile.is_old() || letter.at <= until;
@@ -208,8 +218,7 @@ impl Dead {
         for _ in 0..10 {
             let mut pile = Pile::open(link, &self.topology.dead()).await?;
             let mut back = 0;
-            while let Some((tag, message)) = pile.next().await? {
-                let letter = Letter::of(&message);
+            while let Some((tag, letter, _)) = self.next(&mut pile).await? {
                 // A letter without a time cannot be told from its copies: it stays, rather than be lost.
                 if !letter.at.is_empty() && treated.contains(&letter.mark()) {
                     back += 1;

@@ -27,6 +27,7 @@ mod init;
 mod job;
 mod jq;
 mod load;
+mod management;
 mod memory;
 pub mod metrics;
 pub mod outbox;

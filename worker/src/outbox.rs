@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use warren_publisher::publish::{Outcome, Outcomes};
 use warren_publisher::{Publisher, Refused};
-use warren_shared::dead::{self, Cause, Scene};
+use warren_shared::dead::{self, Cause, Scene, UNSENDABLE};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
 use warren_shared::{Event, Limits, Message};
@@ -36,8 +36,6 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5
 const QUIET: Duration = Duration::from_secs(10);
 /// What a row weighs beside its body.
 const ROW: usize = 512;
-/// Why an outgoing message is dead-lettered.
-const UNSENDABLE: &str = "unsendable";
 
 /// The way into the relay.
 #[derive(Clone, Debug)]
@@ -473,6 +471,7 @@ impl Relay {
         let Some(message) = self.first(key) else { return };
         let is_letter = message.exchange == self.parts.dead;
         let (exchange, size) = (message.exchange.clone(), message.body.len());
+        let origin = message.header(dead::EXCHANGE).filter(|_| is_letter).map_or(exchange.clone(), ToString::to_string);
         if is_letter && size == 0 {
             // Nothing is left to leave out.
             return self.hold(key, format!("a dead letter is refused for good: {why}"));
@@ -497,9 +496,7 @@ impl Relay {
         let cause = Cause { reason: UNSENDABLE, error, attempts: 0, handler: String::new() };
         let scene = Scene { worker: self.parts.worker.clone(), at: jiff::Timestamp::now().to_string() };
         let mut letter = dead::of_message(letter, &cause, &scene, &self.parts.dead);
-        if !is_letter {
-            letter.set(dead::DESTINATION, exchange);
-        }
+        letter.set(dead::EXCHANGE, origin);
         if let Some(answer) = told
             && let Some(rows) = self.keys.get_mut(&key).map(|key| &mut key.rows)
             && let Some(row) = rows.front().cloned()

@@ -115,7 +115,7 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
             ready,
             consumers,
             unacked: line.iter().map(|(held, _)| held.unacked).sum(),
-            rate: line.iter().map(|(held, _)| held.rate).sum(),
+            rate: total(line.iter().map(|(held, _)| held.rate)),
             oldest_ms: line.iter().filter_map(|(held, _)| held.oldest).max(),
             line: line.into_iter().map(|(_, name)| name.to_owned()).collect(),
         }
@@ -159,7 +159,7 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
         running: word.running,
         owns: seats(&word.run, true),
         stands_by: seats(&word.run, false),
-        rate: word.held.iter().map(|held| held.rate).sum(),
+        rate: total(word.held.iter().map(|held| held.rate)),
         troubles: word.troubles.clone(),
     });
     let workers = workers.collect();
@@ -170,7 +170,7 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
             weight: lane.weight,
             ready: partitions.iter().map(|p| p.ready).sum(),
             unacked: partitions.iter().map(|p| p.unacked).sum(),
-            rate: partitions.iter().map(|p| p.rate).sum(),
+            rate: total(partitions.iter().map(|p| p.rate)),
             oldest_ms: partitions.iter().filter_map(|p| p.oldest_ms).max(),
             partitions,
         }
@@ -179,6 +179,15 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
     let delayed = LADDER.map(|step| (step.name, depth(&topology.delay(step)).ready)).into();
     Report { pool: topology.pool.clone(), needs, workers, lanes, delayed, dead, unrouted }
 }
+
+/// A sum of rates. Without any the library's own sum is -0.0.
+fn total(rates: impl Iterator<Item = f64>) -> f64 {
+    rates.fold(0.0, |sum, rate| sum + rate)
+}
+
+/// What is to be said of the bindings where nobody looked at them, to be read after their name.
+pub(crate) const UNSEEN: &str = "are not looked at, as AMQP does not show them: workers with WARREN_DECLARE=auto make them again \
+                                 once a minute, 'warren-worker topology --apply' at once";
 
 /// The first few names, and how many more there are.
 fn shorten(names: &[&str]) -> String {
@@ -239,6 +248,7 @@ impl Report {
         let by = if sum > 0 { format!(" ({})", delayed.join(", ")) } else { String::new() };
         let _ =
             write!(text, "\n{}\ndelayed {sum}{by}   dead {}   unrouted {}\n", align(&rows), self.dead, self.unrouted);
+        let _ = writeln!(text, "bindings {UNSEEN}");
         for need in &self.needs {
             let _ = writeln!(text, "needs a person: {need}");
         }

@@ -31,6 +31,15 @@ fn depths(ready: u32, consumers: u32) -> BTreeMap<String, Option<Depth>> {
 }
 
 #[test]
+fn no_rate_is_nought_and_not_less() {
+    let idle = Word { held: Vec::new(), ..word("a", 1) };
+    let report = gather(&topology(), &depths(0, 0), vec![idle], 0);
+    assert!(!report.table().contains("-0.0"), "{}", report.table());
+    let json = serde_json::to_string(&report).expect("plain values");
+    assert!(json.contains("\"rate\":0.0") && !json.contains("-0.0"), "{json}");
+}
+
+#[test]
 fn a_pool_at_work_needs_nobody_and_every_partition_has_its_line() {
     let report = gather(&topology(), &depths(7, 2), vec![word("a", 1), word("b", 2)], 0);
     assert_eq!(report.needs, Vec::<String>::new());

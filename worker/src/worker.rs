@@ -347,6 +347,8 @@ impl Worker {
             Gauges::new(vitals.clone(), running.orders.clone(), &topology, settings.concurrency, settings.work_off);
         let gauges = tokio::spawn(gauges.watch());
         let prober = tokio::spawn(probe(publisher, topology.probe(), subscriptions.clone()));
+        let of_bindings = subscriptions.clone();
+        let binder = tokio::spawn(async move { of_bindings.keep_bound().await });
         let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
         tracing::info!(
             worker = name,
@@ -386,6 +388,7 @@ impl Worker {
         trace::stop().await;
         keeper.abort();
         prober.abort();
+        binder.abort();
         gauges.abort();
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;

@@ -19,7 +19,8 @@ use anyhow::Context;
 pub use desk::RelayError;
 use desk::{Desk, Keys, Left};
 use hold::Holds;
-use row::Row;
+use row::{Row, Sent};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -64,6 +65,10 @@ pub struct Account {
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the broker is left alone where it took nothing of a whole turn.
 const LULL: Duration = Duration::from_millis(50);
+/// How often it is said who holds rows.
+const NAMED: Duration = Duration::from_secs(10);
+/// Rows that wait for their mark: where there are more, nothing is published before some are marked.
+const UNMARKED: usize = 2000;
 /// The pauses between two connections.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
@@ -97,7 +102,9 @@ pub async fn relay(settings: &Settings, postgres: &Postgres, order: Order) -> an
         limits: settings.limits,
         order,
         holds: Holds::default(),
+        unmarked: Vec::new(),
         warned: None,
+        named: None,
         account: Account::default(),
     };
     relay.run(desk).await
@@ -143,10 +150,14 @@ struct Relay {
     wake: Arc<Notify>,
     stop: watch::Receiver<bool>,
     holds: Holds,
+    /// Rows that the broker has and that somebody has locked: they are not published again, and marked as soon as they can be.
+    unmarked: Vec<Sent>,
     /// How long `Until::Empty` waits for rows that the broker does not take.
     patience: Duration,
     /// When it was last said that keys are held.
     warned: Option<Instant>,
+    /// When it was last said who holds rows.
+    named: Option<Instant>,
     account: Account,
 }
 
@@ -208,48 +219,108 @@ impl Relay {
         tracing::info!(table = %self.order.table, at = self.postgres.at(), "this relay publishes");
         let (mut progressed, mut swept) = (Instant::now(), None::<Instant>);
         while !self.is_stopped() {
-            let rows = self.take(desk).await?;
-            let nothing = rows.is_empty();
-            if !nothing {
-                let before = self.account.published + self.account.refused;
-                let ended = Waves::new(self, desk).publish(rows).await?;
-                if self.account.published + self.account.refused > before {
-                    progressed = Instant::now();
-                } else {
-                    self.rest(LULL).await;
-                }
-                if ended.is_paused() {
+            let before = self.account.published + self.account.refused;
+            let nothing = match self.turn(desk, &mut swept).await {
+                // The connection is as good as before: leaving it would only hand the turn to another relay, which waits as well.
+                Err(error @ RelayError::Locked { .. }) => {
+                    self.name(&error.to_string(), "no row of it can be published, trying again");
                     self.rest(LOOK).await;
+                    true
                 }
+                turned => turned?,
+            };
+            if self.account.published + self.account.refused > before {
+                progressed = Instant::now();
             }
-            if is_ending && (nothing && self.holds.is_empty() || progressed.elapsed() > self.patience) {
-                return desk.left().await.map(Some);
-            }
-            if swept.is_none_or(|at| at.elapsed() > LOOK) {
-                let more = desk.sweep(self.order.keep).await?;
-                swept = (!more).then(Instant::now);
+            let through = nothing && self.holds.is_empty() && self.unmarked.is_empty();
+            if is_ending && (through || progressed.elapsed() > self.patience) {
+                return self.left(desk).await;
             }
             if nothing && swept.is_some() {
                 self.idle().await;
             }
         }
-        if is_ending { desk.left().await.map(Some) } else { Ok(None) }
+        if is_ending { self.left(desk).await } else { Ok(None) }
+    }
+
+    /// What is left; none where somebody has locked the table.
+    async fn left(&self, desk: &Desk) -> Result<Option<Left>, RelayError> {
+        match desk.left().await {
+            Err(RelayError::Locked { .. }) => Ok(None),
+            left => left.map(Some),
+        }
+    }
+
+    /// Publishes what can be, and once a second does the rest. Returns whether there was nothing to publish.
+    async fn turn(&mut self, desk: &Desk, swept: &mut Option<Instant>) -> Result<bool, RelayError> {
+        let before = self.account.published + self.account.refused;
+        // What the broker has and no mark tells is kept in mind: so much, and no more.
+        let rows = if self.unmarked.len() < UNMARKED { self.take(desk).await? } else { Vec::new() };
+        let nothing = rows.is_empty();
+        if !nothing {
+            let ended = Waves::new(self, desk).publish(rows).await?;
+            if self.account.published + self.account.refused == before {
+                self.rest(LULL).await;
+            }
+            if ended.is_paused() {
+                self.rest(LOOK).await;
+            }
+        }
+        if swept.is_none_or(|at| at.elapsed() > LOOK) {
+            self.unmarked = desk.mark_free(std::mem::take(&mut self.unmarked)).await?;
+            if !self.unmarked.is_empty() {
+                self.locked(desk, &[]).await;
+            }
+            let more = desk.sweep(self.order.keep).await?;
+            *swept = (!more).then(Instant::now);
+        }
+        Ok(nothing)
     }
 
     /// Rows of keys that are not held, and of those that may be tried again. Each key comes from one of the two, so it is in
     /// order; and however many keys are held, the others do not stand behind them.
     async fn take(&mut self, desk: &Desk) -> Result<Vec<Row>, RelayError> {
         let due = self.holds.due(Instant::now());
-        let mut rows = desk.take(Keys::AllBut(&self.holds.keys())).await?;
+        let unmarked: Vec<i64> = self.unmarked.iter().map(Sent::id).collect();
+        let mut rows = desk.take(Keys::AllBut(&self.holds.keys()), &unmarked).await?;
         if !due.is_empty() {
-            let again = desk.take(Keys::Only(&due)).await?;
+            let again = desk.take(Keys::Only(&due), &unmarked).await?;
             if again.is_empty() {
                 // Somebody deleted them.
                 due.iter().for_each(|key| self.holds.release(key));
             }
             rows.extend(again);
         }
+        // A row that somebody has locked may be changed or deleted: it waits for that, and what follows of its key waits with it.
+        let (mut held, mut holders) = (HashSet::new(), Vec::new());
+        for row in &mut rows {
+            if let Some(holder) = row.holder.take() {
+                held.insert(row.key.clone());
+                holders.push(holder);
+            }
+        }
+        if !held.is_empty() {
+            held.iter().for_each(|key| self.holds.hold(key, Instant::now()));
+            rows.retain(|row| !held.contains(&row.key));
+            self.locked(desk, &holders).await;
+        }
         Ok(rows)
+    }
+
+    /// Says who holds rows, from time to time.
+    async fn locked(&mut self, desk: &Desk, holders: &[String]) {
+        if self.named.is_none_or(|at| at.elapsed() > NAMED) {
+            let by = desk.blocker(holders).await;
+            let what = format!("rows of {} are locked by {by}", self.order.table);
+            self.name(&what, "their keys wait, others go on");
+        }
+    }
+
+    fn name(&mut self, what: &str, then: &str) {
+        if self.named.is_none_or(|at| at.elapsed() > NAMED) {
+            self.named = Some(Instant::now());
+            tracing::warn!("{what}; {then}");
+        }
     }
 
     fn is_stopped(&self) -> bool {

@@ -14,6 +14,8 @@ pub(super) struct Row {
     pub(super) id: i64,
     /// What order is kept for.
     pub(super) key: String,
+    /// The last transaction that locked it, where there was one; [`super::desk::Desk::take`] leaves only those that still do.
+    pub(super) holder: Option<String>,
     /// What is published, or why it cannot be.
     pub(super) message: Result<Message, Unreadable>,
 }
@@ -30,7 +32,7 @@ impl Sent {
         Self { id, _proof: proof }
     }
 
-    pub(super) fn into_id(self) -> i64 {
+    pub(super) fn id(&self) -> i64 {
         self.id
     }
 }
@@ -72,7 +74,8 @@ impl Row {
             body: row.try_get("body")?,
         };
         let key = columns.key.as_ref().or(columns.subject.as_ref()).unwrap_or(&columns.event_id).clone();
-        Ok(Self { id: row.try_get("id")?, key, message: columns.message(limits) })
+        let holder = row.try_get("holder")?;
+        Ok(Self { id: row.try_get("id")?, key, holder, message: columns.message(limits) })
     }
 }
 

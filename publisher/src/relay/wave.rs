@@ -64,10 +64,10 @@ impl<'a> Waves<'a> {
 
     pub(super) async fn publish(mut self, rows: Vec<Row>) -> Result<Ended, RelayError> {
         let mut refused = Vec::new();
-        for Row { id, key, message } in rows {
+        for Row { id, key, message, .. } in rows {
             match message {
                 Ok(message) => self.waiting.push_back((Place { id, key }, message)),
-                Err(error) => refused.push((id, error.to_string())),
+                Err(error) => refused.push((Place { id, key }, error.to_string())),
             }
         }
         self.refuse(refused).await?;
@@ -81,9 +81,9 @@ impl<'a> Waves<'a> {
             let sent = std::mem::take(&mut self.sent);
             let (outcomes, marked) = tokio::join!(self.outcomes(messages), self.desk.mark(sent));
             ended = self.settle(places, outcomes).await?;
-            marked?;
+            self.relay.unmarked.extend(marked?);
         }
-        self.desk.mark(self.sent).await?;
+        self.relay.unmarked.extend(self.desk.mark(self.sent).await?);
         Ok(ended)
     }
 
@@ -138,7 +138,7 @@ impl<'a> Waves<'a> {
                 }
                 Verdict::Refused(error) => {
                     self.relay.holds.release(&place.key);
-                    refused.push((place.id, error));
+                    refused.push((place, error));
                 }
                 Verdict::Held => {
                     self.relay.holds.hold(&place.key, Instant::now());
@@ -164,14 +164,29 @@ impl<'a> Waves<'a> {
         Ok(ended)
     }
 
-    /// Notes why rows cannot be published, before later rows of their keys go out.
-    async fn refuse(&mut self, refused: Vec<(i64, String)>) -> Result<(), RelayError> {
-        for (row, _) in &refused {
-            tracing::warn!(row, "a row cannot be published: its column 'error' says why");
+    /// Notes why rows cannot be published, before later rows of their keys go out. Where a row is locked, its key waits.
+    async fn refuse(&mut self, refused: Vec<(Place, String)>) -> Result<(), RelayError> {
+        let (places, notes): (Vec<Place>, Vec<_>) = refused
+            .into_iter()
+            .map(|(place, error)| {
+                let note = (place.id, error);
+                (place, note)
+            })
+            .unzip();
+        let locked = self.desk.refuse(&notes).await?;
+        let mut held = HashSet::new();
+        for Place { id: row, key } in places {
+            if locked.contains(&row) {
+                self.relay.holds.hold(&key, Instant::now());
+                held.insert(key);
+            } else {
+                tracing::warn!(row, "a row cannot be published: its column 'error' says why");
+                self.relay.account.refused += 1;
+            }
         }
-        let count = refused.len() as u64;
-        self.desk.refuse(refused).await?;
-        self.relay.account.refused += count;
+        if !held.is_empty() {
+            self.waiting.retain(|(place, _)| !held.contains(&place.key));
+        }
         Ok(())
     }
 }

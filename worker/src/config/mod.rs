@@ -45,7 +45,8 @@ pub fn too_long(law: &Law, timeout: Duration, settings: &Settings) -> Option<Str
 pub fn topology(settings: &Settings, routes: &Routes) -> Topology {
     // What processes and groups tell themselves comes by the pool's own door.
     let heard = |route: &&Route| route.on.as_str() != OWN && !route.on.as_str().starts_with(OVERDUE);
-    let wanted = routes.iter().filter(heard).map(|r| Subscription { exchange: BUS.into(), pattern: r.on.clone() });
+    let wanted =
+        routes.iter().filter(heard).map(|r| Subscription { exchange: BUS.into(), pattern: r.on.clone(), kind: None });
     let mut subscriptions: Vec<Subscription> = Vec::new();
     for subscription in wanted.chain(settings.subscribe.iter().cloned()) {
         if !subscriptions.contains(&subscription) {

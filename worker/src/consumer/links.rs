@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use warren_publisher::budget::Budget;
 use warren_publisher::declare::{self, DeclareError, Depth};
+use warren_publisher::pace::paced;
 use warren_publisher::{Broker, Link, Seal};
 use warren_shared::env::Declare;
 use warren_shared::event::Limits;
@@ -16,6 +17,10 @@ use warren_shared::fleet::Clock;
 use warren_shared::topology::{Declaration, Topology};
 
 const CHANNELS_A_CONNECTION: usize = 16;
+/// How often bindings are made again.
+const REBIND: Duration = Duration::from_secs(60);
+/// How long the broker may take for that.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// What all subscriptions of a worker share.
 #[derive(Debug)]
@@ -25,6 +30,7 @@ pub struct Subscriptions {
     /// it.
     links: tokio::sync::Mutex<Vec<Arc<Link>>>,
     declarations: Vec<Declaration>,
+    pub(super) subscribed: Vec<warren_shared::topology::Subscription>,
     declare: Declare,
     declaring: tokio::sync::Mutex<()>,
     pub(super) prefetch: u16,
@@ -58,6 +64,7 @@ impl Subscriptions {
             broker: broker.within(budget.clone()),
             links: tokio::sync::Mutex::default(),
             declarations: topology.declarations(),
+            subscribed: topology.subscriptions.clone(),
             declare,
             declaring: tokio::sync::Mutex::new(()),
             prefetch,
@@ -168,6 +175,26 @@ impl Subscriptions {
         }
         let link = self.link().await;
         declare::apply(&link, &self.declarations).await
+    }
+
+    /// Makes the bindings again that somebody may have taken away, from time to time and for as long as the worker runs: AMQP
+    /// cannot be asked whether they are there, and making them twice is harmless.
+    pub async fn keep_bound(&self) {
+        let pause = paced(REBIND);
+        if self.declare == Declare::Never {
+            return;
+        }
+        loop {
+            tokio::time::sleep(pause).await;
+            let link = self.link().await;
+            let bound = tokio::time::timeout(ANSWER, declare::bind(&link, &self.declarations)).await;
+            drop(link);
+            if !matches!(bound, Ok(Ok(true)))
+                && let Err(error) = self.repair().await
+            {
+                tracing::warn!(%error, "the bindings cannot be made again now: {error}");
+            }
+        }
     }
 
     /// A connection that can bear one more channel.

@@ -22,6 +22,7 @@ use warren_publisher::{Link, codec};
 use warren_shared::Event;
 use warren_shared::acks::{Ack, Ledger, Span};
 use warren_shared::event::seconds_of;
+use warren_shared::topology::give_type;
 
 /// What is wanted of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +115,6 @@ pub(super) struct Subscription {
 
 /// A subscription that the broker accepted.
 struct Opened {
-    link: Arc<Link>,
     channel: Channel,
     consumer: Consumer,
     stamp: u64,
@@ -162,10 +162,9 @@ impl Subscription {
                 link = self.shared.link() => link,
             };
             // This is not broken off: a consumer that nobody holds would be cancelled before its channel is closed.
-            match self.open(link).await {
+            match self.open(&link).await {
                 Ok(opened) => {
                     failures = 0;
-                    let link = opened.link.clone();
                     match self.serve(opened, turn).await {
                         Ending::HandedOver => {
                             silences = 0;
@@ -217,7 +216,7 @@ impl Subscription {
         }
     }
 
-    async fn open(&self, link: Arc<Link>) -> Result<Opened, Failed> {
+    async fn open(&self, link: &Link) -> Result<Opened, Failed> {
         let opened = async {
             let channel = link.connection().create_channel().await?;
             channel.basic_qos(self.shared.prefetch, BasicQosOptions::default()).await?;
@@ -233,7 +232,7 @@ impl Subscription {
                 link.close().await;
                 Err(Failed::Why("the broker does not answer".into()))
             }
-            Some(Ok((channel, consumer, stamp))) => Ok(Opened { link, channel, consumer, stamp }),
+            Some(Ok((channel, consumer, stamp))) => Ok(Opened { channel, consumer, stamp }),
             Some(Err(error)) => match error.kind() {
                 ErrorKind::ProtocolError(amqp) if *amqp.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
                     Err(Failed::QueueMissing)
@@ -245,7 +244,7 @@ impl Subscription {
 
     /// Takes and acks until the channel ends or is handed over.
     async fn serve(&mut self, opened: Opened, turn: u64) -> Ending {
-        let Opened { link: _link, channel, mut consumer, stamp } = opened;
+        let Opened { channel, mut consumer, stamp } = opened;
         let epoch = Arc::new(Epoch::new(self.shared.epochs.fetch_add(1, Ordering::Relaxed), self.place.clone()));
         self.shared.consuming.fetch_add(1, Ordering::Relaxed);
         *lock(&self.standing) = Some(Standing { turn, stamp, epoch: epoch.clone() });
@@ -395,11 +394,15 @@ impl Subscription {
         let arrival = |delivery: Delivery| {
             let (tag, redelivered) = (delivery.delivery_tag, delivery.redelivered);
             let fresh_id = || uuid::Uuid::new_v4().to_string();
-            let Subscriptions { seal, limits, .. } = &*self.shared;
+            let Subscriptions { seal, limits, subscribed, .. } = &*self.shared;
             let size = delivery.data.len();
-            let content = seal
-                .open(codec::envelope(&delivery), &delivery.data, *limits, fresh_id)
-                .map_err(|why| Box::new((codec::read(delivery), why)));
+            let mut envelope = codec::envelope(&delivery);
+            give_type(subscribed, &mut envelope);
+            let content = seal.open(envelope, &delivery.data, *limits, fresh_id).map_err(|why| {
+                let mut message = codec::read(delivery);
+                give_type(subscribed, &mut message);
+                Box::new((message, why))
+            });
             // A body that came compressed is larger now.
             let data = content.as_ref().ok().and_then(|incoming| Some(incoming.event.data()?.as_bytes().len()));
             let _share = self.shared.budget.take(data.unwrap_or(0).max(size));

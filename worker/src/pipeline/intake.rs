@@ -12,7 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use warren_shared::delivery::Fact;
 use warren_shared::retry::DUE;
-use warren_shared::wire::Identified;
+use warren_shared::topology::QueueType;
+use warren_shared::wire::{Identified, LANE};
+
+/// What clients set where nobody chose a priority: nothing or 0 (Spring), 4 (JMS).
+const USUAL: [u8; 2] = [0, 4];
 
 impl Pipeline {
     pub(super) fn arrived(&mut self, arrivals: Vec<Arrival>) {
@@ -90,6 +94,9 @@ impl Pipeline {
             if incoming.identified == Identified::OnArrival {
                 self.anonymous(&incoming);
             }
+            if !USUAL.contains(&incoming.priority) {
+                self.prioritised(&incoming);
+            }
             let route = self.parts.routes.of(&incoming.event);
             let (lane, priority, attempt, due) =
                 (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
@@ -103,6 +110,21 @@ impl Pipeline {
             } else {
                 self.schedule.push(key, lane, priority, monotonic, id);
             }
+        }
+    }
+
+    /// On an ordered quorum queue an AMQP priority is a way past the key's other events.
+    fn prioritised(&mut self, incoming: &warren_shared::Incoming) {
+        let is_ordered = self.parts.owned && self.parts.house.topology.queue_type == QueueType::Quorum;
+        if is_ordered && !std::mem::replace(&mut self.warned_priority, true) {
+            tracing::warn!(
+                r#type = incoming.event.kind(),
+                source = incoming.event.source(),
+                priority = incoming.priority,
+                "an event came with the AMQP priority {}: RabbitMQ 4 lets it overtake events of its own key; have its publisher \
+                 set no priority but the header {LANE} (said once)",
+                incoming.priority
+            );
         }
     }
 
