@@ -54,6 +54,8 @@ pub const DUE: &str = "warren-due";
 pub const LANE: &str = "warren-lane";
 /// How often it was replayed from the dead letters.
 pub const REPLAYED: &str = "warren-replayed";
+/// How many events caused one another until this one.
+pub const HOPS: &str = "warren-hops";
 
 /// An event as it arrived: what travels beside it.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +74,8 @@ pub struct Incoming {
     pub replayed: u32,
     /// Its AMQP priority.
     pub priority: u8,
+    /// How many events caused one another until this one.
+    pub hops: u32,
 }
 
 /// Whether an event can be told from its copies.
@@ -106,6 +110,13 @@ impl Message {
     pub fn set(&mut self, name: &str, value: impl Into<Value>) {
         self.headers.retain(|(n, _)| n != name);
         self.headers.push((name.into(), Header::Plain(value.into())));
+    }
+
+    /// The same message, with how many events caused one another until it.
+    #[must_use]
+    pub fn after_hops(mut self, hops: u32) -> Self {
+        self.set(HOPS, hops);
+        self
     }
 
     /// Drops what must not travel again: the broker's own marks and what cannot be written back.
@@ -143,6 +154,7 @@ impl Message {
         }
         let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
         let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
+        let hops = small(HOPS).unwrap_or(0);
         let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
         let priority = self.priority.unwrap_or(0);
         let content_type = self.content_type.as_deref().unwrap_or_default();
@@ -161,7 +173,7 @@ impl Message {
             }
             self.open_plain(body, limits, fresh_id)?
         };
-        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
+        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority, hops })
     }
 
     fn open_binary(self, body: &[u8], limits: Limits) -> Result<Event, Unreadable> {

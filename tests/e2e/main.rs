@@ -32,3 +32,4 @@ mod startup;
 mod storage;
 mod tls;
 mod traces;
+mod unknown_ends;

@@ -9,8 +9,9 @@ use warren_shared::dead::{self, Cause, Scene};
 use warren_shared::delivery::{Action, Doom, Fact, State};
 use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
+use warren_shared::seal::SEAL;
 use warren_shared::topology::{BUS, Topology};
-use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
+use warren_shared::wire::{ATTEMPT, DUE, HOPS, Identified, LANE, REPLAYED};
 use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
@@ -55,6 +56,10 @@ pub(crate) struct Job {
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
+    /// Whether its handler answered so that nobody can tell whether it was done.
+    pub(crate) unclear: bool,
+    /// How many events caused one another until it.
+    pub(crate) hops: u32,
     /// Why it may be acked.
     pub(crate) proof: Option<Proof>,
     /// Ends the handler, or the wait in place.
@@ -103,6 +108,8 @@ pub(crate) struct House {
     pub(crate) topology: Topology,
     pub(crate) worker: String,
     pub(crate) limits: Limits,
+    /// So many events may cause one another.
+    pub(crate) hop_limit: u32,
 }
 
 impl Job {
@@ -113,9 +120,9 @@ impl Job {
         route: Option<usize>,
         since: Instant,
     ) -> Self {
-        let Incoming { event, identity, identified, attempt, replayed, priority, .. } = incoming;
+        let Incoming { event, identity, identified, attempt, replayed, priority, hops, .. } = incoming;
         let content = Content::Event { event, identity, identified, attempt, replayed, route };
-        Self { priority, ..Self::new(ticket, redelivered, content, since) }
+        Self { priority, hops, ..Self::new(ticket, redelivered, content, since) }
     }
 
     pub(crate) fn of_message(
@@ -142,6 +149,8 @@ impl Job {
             kept: None,
             recorded: None,
             error: String::new(),
+            unclear: false,
+            hops: 0,
             proof: None,
             abort: None,
             since,
@@ -158,6 +167,13 @@ impl Job {
     pub(crate) fn event(&self) -> Option<&Event> {
         match &self.content {
             Content::Event { event, .. } => Some(event),
+            Content::Message(_) => None,
+        }
+    }
+
+    pub(crate) fn identity(&self) -> Option<&Identity> {
+        match &self.content {
+            Content::Event { identity, .. } => Some(identity),
             Content::Message(_) => None,
         }
     }
@@ -222,9 +238,11 @@ impl Job {
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
                 let lane = &self.ticket.place().lane_name;
                 let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
-                let failed = Failed { reason: cause.reason.into(), error: cause.error };
+                let certain = Some(self.is_certain(doom));
+                let failed = Failed { reason: cause.reason.into(), error: cause.error, certain };
                 let answer = answer(event, Err(&failed), &house.topology.pool, house.limits);
-                (Outcome::Dead, [letter].into_iter().chain(answer.as_ref().map(outgoing)).collect())
+                let answer = answer.map(|answer| outgoing(&answer).after_hops(self.hops + 1));
+                (Outcome::Dead, [letter].into_iter().chain(answer).collect())
             }
             _ => return None,
         };
@@ -235,7 +253,7 @@ impl Job {
 
     /// What its success sends: what the handler emits, the answer to a process, and what this pool gets after a time.
     fn sent(&self, event: &Event, house: &House) -> Vec<Message> {
-        let Reply { emit, later, result, looked_on, .. } = &self.reply;
+        let Reply { emit, later, result, looked_on, hops, .. } = &self.reply;
         let mut sent: Vec<Message> = emit.iter().map(outgoing).collect();
         if !looked_on {
             let answer = answer(event, Ok(result.as_ref()), &house.topology.pool, house.limits);
@@ -245,7 +263,34 @@ impl Job {
             let lane = event.lane().map(str::to_owned);
             delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())
         }));
-        sent
+        let hops = hops.unwrap_or(self.hops + 1);
+        sent.into_iter().map(|message| message.after_hops(hops)).collect()
+    }
+
+    /// Whether nothing was done, for certain: it was refused, and never ran before that. What ran and timed out, or died with its
+    /// process, may have done it, whatever a repeat is told.
+    fn is_certain(&self, doom: Doom) -> bool {
+        let refused = matches!(doom, Doom::NoRoute | Doom::Loop | Doom::Permanent { attempts: 1 });
+        refused && !self.unclear && !self.redelivered && self.attempt() == 1
+    }
+
+    /// The answer to a process whose question cannot be read: it would wait for one in vain. What the question is stands in its
+    /// headers, which are read without its body.
+    pub(crate) fn unread(&self, house: &House) -> Option<Message> {
+        let Content::Message(message) = &self.content else { return None };
+        let (message, why) = message.as_ref();
+        let mut head = Message {
+            headers: message.headers.clone(),
+            content_type: message.content_type.clone(),
+            ..Message::default()
+        };
+        head.strip();
+        head.headers.retain(|(name, _)| name != SEAL);
+        let incoming = head.open(&[], house.limits, String::new).ok()?;
+        let certain = Some(!self.redelivered && incoming.attempt == 1);
+        let failed = Failed { reason: why.reason().into(), error: format!("it cannot be read: {why}"), certain };
+        let answer = answer(&incoming.event, Err(&failed), &house.topology.pool, house.limits)?;
+        Some(outgoing(&answer).after_hops(incoming.hops + 1))
     }
 
     /// What a transaction of its handler records.
@@ -265,6 +310,14 @@ impl Job {
                 let kind = self.event().map(|e| e.kind().to_owned()).unwrap_or_default();
                 ("no-route", 0, format!("no route takes the type '{kind}': add one, then replay"))
             }
+            Doom::Loop => {
+                let error = format!(
+                    "{} events caused one another until this one: find out which routes or processes lead back to one another, or \
+                     raise WARREN_HOP_LIMIT",
+                    self.hops
+                );
+                ("loop", 0, error)
+            }
             Doom::Permanent { attempts } => ("permanent", attempts, self.error.clone()),
             Doom::Exhausted { attempts } => ("exhausted", attempts, self.error.clone()),
             Doom::Crash { attempts } => {
@@ -281,6 +334,9 @@ impl Job {
                 let mut message = delayed(house, event, after, now_ms, attempt, Some(&self.ticket.place().lane_name));
                 if *replayed > 0 {
                     message.set(REPLAYED, *replayed);
+                }
+                if self.hops > 0 {
+                    message.set(HOPS, self.hops);
                 }
                 Some(message)
             }

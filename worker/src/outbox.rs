@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 use warren_publisher::{Publisher, Refused};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
+use warren_shared::wire::HOPS;
 use warren_shared::{Limits, Message};
 
 /// The way into the relay.
@@ -260,10 +261,11 @@ impl Relay {
     fn unheard(&self, message: &Message) -> Option<Message> {
         let event = message.read(self.limits, String::new).ok()?.event;
         let error = format!("nobody subscribes to '{}': add a route for it, here or in another pool", event.kind());
-        let failed = Failed { reason: "unheard".into(), error };
+        let failed = Failed::before("unheard", error);
         let answer = answer(&event, Err(&failed), &self.pool, self.limits)?;
         tracing::warn!(id = event.id(), r#type = event.kind(), "a step of a process fails: {}", failed.error);
-        Some(outgoing(&answer))
+        let hops = message.number(HOPS).and_then(|hops| u32::try_from(hops).ok()).unwrap_or(0);
+        Some(outgoing(&answer).after_hops(hops + 1))
     }
 
     /// Until the store takes it: rows that stay would be published again by the next owner.

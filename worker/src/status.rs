@@ -1,5 +1,6 @@
 //! `warren-worker status`: the pool as its workers and the broker tell it.
 use crate::fleet;
+use crate::store::Count;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -178,6 +179,17 @@ fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: 
     let lanes = topology.lanes.iter().map(lane).collect();
     let delayed = LADDER.map(|step| (step.name, depth(&topology.delay(step)).ready)).into();
     Report { pool: topology.pool.clone(), needs, workers, lanes, delayed, dead, unrouted }
+}
+
+/// What is to be done about instances that are stuck.
+pub(crate) fn stuck(count: &Count) -> String {
+    let Count { name, states, oldest, .. } = count;
+    let (many, are) = if *states == 1 { ("1 instance".into(), "is") } else { (format!("{states} instances"), "are") };
+    let since = age(u64::try_from(oldest.as_millis()).ok());
+    format!(
+        "{many} of process '{name}' {are} stuck, for {since} at the longest: see 'warren-worker process list --status stuck', \
+         then resume or cancel"
+    )
 }
 
 /// The first few names, and how many more there are.

@@ -256,8 +256,9 @@ impl Slot {
             };
             // Its caller may have left.
             if !asked.tell.is_closed() {
-                line::write(&asked.call, out.lines());
-                self.held.push(asked.call.event.identity(), asked);
+                let identity = asked.call.event.identity();
+                line::write(&asked.call, &identity, out.lines());
+                self.held.push(identity, asked);
             }
         }
         self.gauge.troubled.store(self.alone || !self.suspects.is_empty(), Relaxed);

@@ -186,6 +186,7 @@ impl Gathering {
             status: status.into(),
             key: record.name.clone(),
             ended: record.group.closed().is_some(),
+            due: None,
             body: serde_json::to_vec(record)?,
         };
         Ok(Change { id, found: kept.map_or(0, |kept| kept.version), state })

@@ -14,8 +14,8 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
-use uuid::Uuid;
 use warren_shared::event::{Data, Event, Unreadable, Value};
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::retry::LONGEST;
 
 /// Idle connections are closed first on this side: common servers do it after 5 s, and a request that crosses that on its
@@ -125,7 +125,7 @@ async fn ask(client: &Client, endpoint: &Endpoint, call: &Call) -> Result<Outcom
         None => Err(format!("it has more than {} bytes", call.context.limits.body)),
     };
     // As with a program: whoever answers wrongly does it again.
-    let wrong = |error| Outcome::Dead { error: format!("POST {endpoint}: the service's answer is wrong: {error}") };
+    let wrong = |error| Outcome::Unclear { error: format!("POST {endpoint}: the service's answer is wrong: {error}") };
     Ok(reply.map_or_else(wrong, Outcome::Done))
 }
 
@@ -158,7 +158,7 @@ fn head(call: &Call) -> HeaderMap {
         }
     }
     head.insert("warren-attempt", call.context.attempt.into());
-    let key = Uuid::from_bytes(*event.identity().as_bytes()).to_string();
+    let key = idempotency_key(event, &event.identity()).to_string();
     head.insert("idempotency-key", HeaderValue::try_from(key).expect("a UUID is ASCII"));
     head
 }
@@ -171,9 +171,10 @@ fn refused(endpoint: &Endpoint, status: StatusCode, head: &HeaderMap) -> Outcome
         408 | 425 | 429 | 500..=599 => Outcome::Retry { error, after: after(head) },
         300..=399 => {
             let cure = "redirects are not followed, name the final address in 'http'";
-            Outcome::Dead { error: format!("{error}: {cure}") }
+            Outcome::Unclear { error: format!("{error}: {cure}") }
         }
-        _ => Outcome::Dead { error },
+        400..=499 => Outcome::Dead { error },
+        _ => Outcome::Unclear { error },
     }
 }
 

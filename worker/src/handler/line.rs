@@ -4,19 +4,24 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::time::Duration;
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::{Event, Identity, env};
 
 /// A program's words are cut here: a dead letter's header takes no more.
 const ERROR_LIMIT: usize = 1024;
 
 /// Appends the line that hands an event over.
-pub(super) fn write(call: &Call, out: &mut Vec<u8>) {
+pub(super) fn write(call: &Call, identity: &Identity, out: &mut Vec<u8>) {
     use std::io::Write;
     let now = jiff::Timestamp::now();
     let deadline = now.checked_add(call.context.timeout).unwrap_or(jiff::Timestamp::MAX);
     let (event, attempt) = (call.event.to_json(), call.context.attempt);
-    writeln!(out, "{{\"event\":{event},\"attempt\":{attempt},\"deadline\":\"{deadline:.3}\"}}")
-        .expect("a vector takes all that is written");
+    let key = idempotency_key(&call.event, identity);
+    writeln!(
+        out,
+        "{{\"event\":{event},\"attempt\":{attempt},\"idempotency_key\":\"{key}\",\"deadline\":\"{deadline:.3}\"}}"
+    )
+    .expect("a vector takes all that is written");
 }
 
 /// A line of a program that names an event.
@@ -77,7 +82,7 @@ impl<'a> Answer<'a> {
     /// the program does not speak the protocol.
     pub(super) fn outcome(self, call: &Call) -> Outcome {
         let outcome = self.said.map_err(str::to_owned).and_then(|said| said.outcome(call));
-        outcome.unwrap_or_else(|error| Outcome::Dead { error: format!("the program's answer is wrong: {error}") })
+        outcome.unwrap_or_else(|error| Outcome::Unclear { error: format!("the program's answer is wrong: {error}") })
     }
 }
 
@@ -136,8 +141,7 @@ mod tests {
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let timeout = Duration::from_secs(5);
-        let context =
-            Context { attempt: 3, timeout, partition: "p00".into(), pool: "p".into(), limits: Default::default() };
+        let context = Context { attempt: 3, timeout, partition: "p00".into(), pool: "p".into(), ..Default::default() };
         Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
     }
 
@@ -150,7 +154,8 @@ mod tests {
 
     fn is_dead(rest: &str, wanted: &str) {
         match outcome(rest) {
-            Outcome::Dead { error } => assert!(error.contains(wanted), "{rest}: {error}"),
+            // What it means nobody can tell: it may have been done.
+            Outcome::Unclear { error } => assert!(error.contains(wanted), "{rest}: {error}"),
             other => panic!("{rest}: {other:?}"),
         }
     }
@@ -158,11 +163,12 @@ mod tests {
     #[test]
     fn an_event_is_one_line_with_attempt_and_deadline() {
         let mut out = Vec::new();
-        write(&call(), &mut out);
+        write(&call(), &call().event.identity(), &mut out);
         let text = String::from_utf8(out).expect("UTF-8");
         assert_eq!(text.matches('\n').count(), 1, "{text}");
         let line: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!((&line["event"]["id"], &line["attempt"]), (&"ü\"1".into(), &3.into()));
+        assert_eq!(line["idempotency_key"], format!("{:?}", call().event.identity()));
         assert!(
             line["deadline"].as_str().expect("text").parse::<jiff::Timestamp>().expect("a time")
                 > jiff::Timestamp::now()
@@ -243,6 +249,6 @@ mod tests {
         }
         assert!(Answer::read(b"{\"id\":\"\xff\",\"source\":\"s\"}").is_err());
         let answer = Answer::read(b"{\"id\":\"i\",\"source\":\"s\",\"result\":\"\xff\"}").expect("it names the event");
-        assert!(matches!(answer.outcome(&call()), Outcome::Dead { error } if error.ends_with("not UTF-8")));
+        assert!(matches!(answer.outcome(&call()), Outcome::Unclear { error } if error.ends_with("not UTF-8")));
     }
 }

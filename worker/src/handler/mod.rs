@@ -46,7 +46,7 @@ pub struct Call {
 }
 
 /// What surrounds a call.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Context {
     /// The attempt that this call is, counted from 1.
     pub attempt: u32,
@@ -58,6 +58,11 @@ pub struct Context {
     pub pool: Arc<str>,
     /// How large results and emitted events may be.
     pub limits: Limits,
+    /// What repeats of the same work are told by. The event's own, but for a step of a process: there all attempts at the step
+    /// of an instance have one, and all attempts to take it back another.
+    pub idempotency_key: Uuid,
+    /// How many events caused one another until this one.
+    pub(crate) hops: u32,
 }
 
 /// What a handler did.
@@ -72,8 +77,13 @@ pub enum Outcome {
         /// Not before so long.
         after: Option<Duration>,
     },
-    /// It failed; trying again cannot help.
+    /// It refused: nothing was done, and trying again cannot help.
     Dead {
+        /// Why.
+        error: String,
+    },
+    /// It failed, trying again cannot help, and nobody can tell whether it was done: its answer cannot be understood.
+    Unclear {
         /// Why.
         error: String,
     },
@@ -107,6 +117,8 @@ pub struct Reply {
     pub(crate) filtered: bool,
     /// What becomes of the state that the call was given.
     pub(crate) change: Option<Change>,
+    /// How many events caused one another until those of this reply; else one more than until the call's.
+    pub(crate) hops: Option<u32>,
 }
 
 impl Reply {

@@ -11,7 +11,9 @@ use futures_util::future::BoxFuture;
 use metrics::Histogram;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
 use warren_shared::delivery::{Action, Fact, State};
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::retry::Failure;
 
 /// Handlers that end at once may share a task for so long.
@@ -56,7 +58,14 @@ impl Pipeline {
             return;
         };
         let partition = job.ticket.place().queue.clone();
-        let context = Context { attempt: run.attempt, timeout: route.timeout, partition, ..self.parts.context.clone() };
+        let context = Context {
+            attempt: run.attempt,
+            timeout: route.timeout,
+            partition,
+            idempotency_key: job.identity().map_or_else(Uuid::nil, |identity| idempotency_key(&event, identity)),
+            hops: job.hops,
+            ..self.parts.context.clone()
+        };
         let (event, span) = trace::begin(event, &context);
         let kept = job.kept.clone();
         let call = handler.handle(Call { event, context, entry: job.entry(), kept });
@@ -127,6 +136,10 @@ impl Pipeline {
             }
             handler::Outcome::Dead { error } => {
                 job.error = error;
+                failed(Failure::Permanent)
+            }
+            handler::Outcome::Unclear { error } => {
+                (job.error, job.unclear) = (error, true);
                 failed(Failure::Permanent)
             }
             handler::Outcome::Interrupted => Fact::Interrupted,

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_publisher::publish::Outcome as Published;
+use warren_publisher::{Publisher, Refused};
 use warren_shared::delivery::{self, Action, Fact, State};
 use warren_shared::{Event, Identity, Message};
 
@@ -73,6 +74,8 @@ impl Pipeline {
         let attempt = job.attempt();
         let fact = if !job.ticket.may_begin() {
             Fact::Gone
+        } else if job.hops > self.parts.house.hop_limit {
+            Fact::Looped
         } else if job.route().is_none() {
             Fact::Unrouted
         } else if job.redelivered {
@@ -406,8 +409,15 @@ impl Pipeline {
                 let now = now_ms();
                 let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house, now);
                 let copies: Vec<Message> = ids.iter().filter_map(copy).collect();
+                let unread = |(n, id)| Some((n, self.jobs.get(id)?.unread(&self.parts.house)?));
+                let answers: Vec<(usize, Message)> = ids.iter().enumerate().filter_map(unread).collect();
                 let publisher = self.parts.publisher.clone();
-                self.ask(async move { News::Published(ids, publisher.publish_all(copies).await) });
+                self.ask(async move {
+                    let refused = answer(&publisher, answers).await;
+                    let mut outcomes = publisher.publish_all(copies).await;
+                    refused.into_iter().for_each(|(n, refused)| outcomes[n] = Err(refused));
+                    News::Published(ids, outcomes)
+                });
             }
         }
     }
@@ -431,6 +441,21 @@ impl Pipeline {
         let route = job.route().and_then(|route| self.parts.routes.get(route));
         route.map(|route| route.on.to_string()).unwrap_or_default()
     }
+}
+
+/// Answers processes; returns which answers the broker did not take: what they answer must not be acked. Where nobody waits for
+/// an answer, there is nothing to wait for.
+async fn answer(publisher: &Publisher, answers: Vec<(usize, Message)>) -> Vec<(usize, Refused)> {
+    if answers.is_empty() {
+        return Vec::new();
+    }
+    let (places, messages): (Vec<usize>, Vec<Message>) = answers.into_iter().unzip();
+    let outcomes = publisher.publish_all(messages).await;
+    let refused = |(n, outcome): (usize, Published)| match outcome {
+        Ok(_) | Err(Refused::Returned { .. }) => None,
+        Err(refused) => Some((n, refused)),
+    };
+    places.into_iter().zip(outcomes).filter_map(refused).collect()
 }
 
 /// What a record means for its event; the rows of the outbox that it made are added to those to relay.

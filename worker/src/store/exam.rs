@@ -61,6 +61,8 @@ macro_rules! exam {
             a_known_event_changes_no_state
             racing_workers_count_a_state_up_without_a_gap
             states_are_listed_and_the_ended_ones_forgotten
+            what_is_due_is_found_until_it_is_not
+            what_has_not_ended_is_counted_by_name_and_status
             nothing_asked_is_nothing_done
         }
     };

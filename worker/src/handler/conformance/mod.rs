@@ -209,8 +209,14 @@ fn call(id: &str, script: &str) -> Call {
 
 fn call_of(event: Event, script: &str) -> Call {
     let event = event.with("script", script.into()).expect("a script is a text");
-    let context =
-        Context { attempt: 1, timeout: MINUTE, partition: "p00".into(), pool: "tests".into(), limits: LIMITS };
+    let context = Context {
+        attempt: 1,
+        timeout: MINUTE,
+        partition: "p00".into(),
+        pool: "tests".into(),
+        limits: LIMITS,
+        ..Default::default()
+    };
     Call { event, context, entry: Default::default(), kept: None }
 }
 
@@ -224,7 +230,7 @@ fn seen(outcome: Outcome) -> (Value, String) {
             (json!({"done": {"result": result, "emit": emit}}), String::new())
         }
         Outcome::Retry { error, after } => (json!({"retry": after.map(|after| after.as_secs_f64())}), error),
-        Outcome::Dead { error } => (json!({"dead": true}), error),
+        Outcome::Dead { error } | Outcome::Unclear { error } => (json!({"dead": true}), error),
         other => panic!("{other:?}"),
     }
 }

@@ -17,7 +17,9 @@ pub use self::tx::{Transactions, Tx, TxError};
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
-use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
+use super::{
+    Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -421,7 +423,7 @@ impl Store for Postgres {
 
     fn keep(&self, id: Uuid, state: State) -> Reply<()> {
         self.call(move |inner| async move {
-            let State { kind, name, status, key, ended, body } = &state;
+            let State { kind, name, status, key, ended, body, .. } = &state;
             let values: Values<'_> = &[
                 (&id, Type::UUID),
                 (kind, Type::TEXT),
@@ -440,6 +442,22 @@ impl Store for Postgres {
             let most = i64::from(listed.most);
             let rows = inner.write(&state::list(&inner.schema), &state::listed(&listed, &most)).await?;
             Ok(rows.iter().map(state::kept).collect())
+        })
+    }
+
+    fn due(&self, kind: &'static str, before: i64, most: u32) -> Reply<Vec<Due>> {
+        self.call(move |inner| async move {
+            let most = i64::from(most);
+            let values: Values<'_> = &[(&kind, Type::TEXT), (&before, Type::INT8), (&most, Type::INT8)];
+            let rows = inner.write(&state::due(&inner.schema), values).await?;
+            Ok(rows.iter().map(|row| Due { id: row.get(0), name: row.get(1), at: row.get(2) }).collect())
+        })
+    }
+
+    fn count(&self, kind: &'static str) -> Reply<Vec<Count>> {
+        self.call(move |inner| async move {
+            let rows = inner.write(&state::count(&inner.schema), &[(&kind, Type::TEXT)]).await?;
+            Ok(rows.iter().map(state::counted).collect())
         })
     }
 
