@@ -54,6 +54,8 @@ pub const DUE: &str = "warren-due";
 pub const LANE: &str = "warren-lane";
 /// How often it was replayed from the dead letters.
 pub const REPLAYED: &str = "warren-replayed";
+/// Whether no attempt before this one can have done anything.
+pub const UNTOUCHED: &str = "warren-untouched";
 /// How many events caused one another until this one.
 pub const HOPS: &str = "warren-hops";
 
@@ -76,6 +78,8 @@ pub struct Incoming {
     pub priority: u8,
     /// How many events caused one another until this one.
     pub hops: u32,
+    /// Whether no attempt before this one can have done anything.
+    pub untouched: bool,
 }
 
 /// Whether an event can be told from its copies.
@@ -155,6 +159,8 @@ impl Message {
         let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
         let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
         let hops = small(HOPS).unwrap_or(0);
+        // Whoever says nothing may have done something.
+        let untouched = attempt == 1 || self.header(UNTOUCHED) == Some(&Value::Bool(true));
         let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
         let priority = self.priority.unwrap_or(0);
         let content_type = self.content_type.as_deref().unwrap_or_default();
@@ -173,7 +179,17 @@ impl Message {
             }
             self.open_plain(body, limits, fresh_id)?
         };
-        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority, hops })
+        Ok(Incoming {
+            identity: event.identity(),
+            event,
+            identified,
+            attempt,
+            due,
+            replayed,
+            priority,
+            hops,
+            untouched,
+        })
     }
 
     fn open_binary(self, body: &[u8], limits: Limits) -> Result<Event, Unreadable> {
@@ -347,6 +363,12 @@ impl From<&str> for Value {
 impl From<String> for Value {
     fn from(text: String) -> Self {
         Self::Text(text)
+    }
+}
+
+impl From<bool> for Value {
+    fn from(bool: bool) -> Self {
+        Self::Bool(bool)
     }
 }
 

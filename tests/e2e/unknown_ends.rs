@@ -158,11 +158,16 @@ async fn whatever_may_have_been_done_is_undone_and_a_refusal_is_not() -> anyhow:
         ("fails", Does::Says(leak(says("500 Internal Server Error", ""))), true),
         ("moved", Does::Says(leak(says("303 See Other", ""))), true),
         ("refuses", Does::Says(leak(says("402 Payment Required", "{}"))), false),
+        ("busy", Does::Says(leak(says("429 Too Many Requests", ""))), false),
+        ("away", Does::Says(""), false),
     ] {
-        let bank = Bank::open(BTreeMap::from([("charge", does)])).await?;
+        let mut bank = Bank::open(BTreeMap::from([("charge", does)])).await?;
+        if name == "away" {
+            bank.url = format!("http://{}/", std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?);
+        }
         let mut lab = Lab::new(&format!("unknown-{name}"))?;
         let routes = format!(
-            "routes: [{{on: 'bank.*', http: '{}', timeout: 1s, retry: {{attempts: 1}}}}]
+            "routes: [{{on: 'bank.*', http: '{}', timeout: 1s, retry: {{attempts: 2, backoff: 100ms}}}}]
 processes:
   - name: order
     on: order.placed
@@ -178,6 +183,7 @@ processes:
         let _worker = lab.worker()?;
         lab.send(&[order(json!({"n": 7}))]).await?;
         until("it is taken back", PATIENCE, || !ends["compensated"].distinct().is_empty()).await?;
+        ensure!(bank.keys("charge").len() <= 2, "{name}: {:?}", bank.keys("charge"));
         let refunded = bank.keys("undo.charge").len();
         ensure!(refunded == usize::from(undone), "{name}: {refunded} refunds");
         let end: Value = ends["compensated"].distinct()[0].json()?;

@@ -11,7 +11,7 @@ use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
 use warren_shared::seal::SEAL;
 use warren_shared::topology::{BUS, Topology};
-use warren_shared::wire::{ATTEMPT, DUE, HOPS, Identified, LANE, REPLAYED};
+use warren_shared::wire::{ATTEMPT, DUE, HOPS, Identified, LANE, REPLAYED, UNTOUCHED};
 use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
@@ -56,8 +56,8 @@ pub(crate) struct Job {
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
-    /// Whether its handler answered so that nobody can tell whether it was done.
-    pub(crate) unclear: bool,
+    /// Whether none of its attempts can have done anything.
+    pub(crate) untouched: bool,
     /// How many events caused one another until it.
     pub(crate) hops: u32,
     /// Why it may be acked.
@@ -120,9 +120,11 @@ impl Job {
         route: Option<usize>,
         since: Instant,
     ) -> Self {
-        let Incoming { event, identity, identified, attempt, replayed, priority, hops, .. } = incoming;
+        let Incoming { event, identity, identified, attempt, replayed, priority, hops, untouched, .. } = incoming;
         let content = Content::Event { event, identity, identified, attempt, replayed, route };
-        Self { priority, hops, ..Self::new(ticket, redelivered, content, since) }
+        // One that is delivered again may have run, and died with its process.
+        let untouched = untouched && !redelivered;
+        Self { priority, hops, untouched, ..Self::new(ticket, redelivered, content, since) }
     }
 
     pub(crate) fn of_message(
@@ -149,7 +151,7 @@ impl Job {
             kept: None,
             recorded: None,
             error: String::new(),
-            unclear: false,
+            untouched: false,
             hops: 0,
             proof: None,
             abort: None,
@@ -238,7 +240,8 @@ impl Job {
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
                 let lane = &self.ticket.place().lane_name;
                 let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
-                let certain = Some(self.is_certain(doom));
+                // What ran and timed out may have done it, whatever a repeat of it is told.
+                let certain = Some(self.untouched);
                 let failed = Failed { reason: cause.reason.into(), error: cause.error, certain };
                 let answer = answer(event, Err(&failed), &house.topology.pool, house.limits);
                 let answer = answer.map(|answer| outgoing(&answer).after_hops(self.hops + 1));
@@ -267,13 +270,6 @@ impl Job {
         sent.into_iter().map(|message| message.after_hops(hops)).collect()
     }
 
-    /// Whether nothing was done, for certain: it was refused, and never ran before that. What ran and timed out, or died with its
-    /// process, may have done it, whatever a repeat is told.
-    fn is_certain(&self, doom: Doom) -> bool {
-        let refused = matches!(doom, Doom::NoRoute | Doom::Loop | Doom::Permanent { attempts: 1 });
-        refused && !self.unclear && !self.redelivered && self.attempt() == 1
-    }
-
     /// The answer to a process whose question cannot be read: it would wait for one in vain. What the question is stands in its
     /// headers, which are read without its body.
     pub(crate) fn unread(&self, house: &House) -> Option<Message> {
@@ -287,7 +283,7 @@ impl Job {
         head.strip();
         head.headers.retain(|(name, _)| name != SEAL);
         let incoming = head.open(&[], house.limits, String::new).ok()?;
-        let certain = Some(!self.redelivered && incoming.attempt == 1);
+        let certain = Some(incoming.untouched && !self.redelivered);
         let failed = Failed { reason: why.reason().into(), error: format!("it cannot be read: {why}"), certain };
         let answer = answer(&incoming.event, Err(&failed), &house.topology.pool, house.limits)?;
         Some(outgoing(&answer).after_hops(incoming.hops + 1))
@@ -337,6 +333,9 @@ impl Job {
                 }
                 if self.hops > 0 {
                     message.set(HOPS, self.hops);
+                }
+                if self.untouched {
+                    message.set(UNTOUCHED, true);
                 }
                 Some(message)
             }

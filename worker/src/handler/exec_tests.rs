@@ -48,7 +48,7 @@ async fn all(exec: &Exec, ids: &[&str]) -> Vec<String> {
 fn word(outcome: Outcome) -> String {
     match outcome {
         Outcome::Done(_) => "done".into(),
-        Outcome::Retry { error, .. } => format!("retry: {error}"),
+        Outcome::Retry { error, .. } | Outcome::NotNow { error, .. } => format!("retry: {error}"),
         Outcome::Dead { error } | Outcome::Unclear { error } => format!("dead: {error}"),
         Outcome::Interrupted => "interrupted".into(),
         Outcome::Recorded { .. } => "recorded".into(),

@@ -100,12 +100,16 @@ impl Handler for Http {
         let (client, endpoint) = (self.client.clone(), self.endpoint.clone());
         Box::pin(async move {
             let timeout = call.context.timeout;
-            let error = match tokio::time::timeout(timeout, ask(&client, &endpoint, &call)).await {
+            let (error, is_reached) = match tokio::time::timeout(timeout, ask(&client, &endpoint, &call)).await {
                 Ok(Ok(outcome)) => return outcome,
-                Ok(Err(error)) => why(error),
-                Err(_) => format!("no answer within {timeout:?}"),
+                Ok(Err(error)) => {
+                    let is_reached = !error.is_connect();
+                    (why(error), is_reached)
+                }
+                Err(_) => (format!("no answer within {timeout:?}"), true),
             };
-            Outcome::Retry { error: format!("POST {endpoint}: {error}"), after: None }
+            let (error, after) = (format!("POST {endpoint}: {error}"), None);
+            if is_reached { Outcome::Retry { error, after } } else { Outcome::NotNow { error, after } }
         })
     }
 }
@@ -168,7 +172,8 @@ fn refused(endpoint: &Endpoint, status: StatusCode, head: &HeaderMap) -> Outcome
     let reason = status.canonical_reason().unwrap_or("a status without a name");
     let error = format!("POST {endpoint}: {} {reason}", status.as_u16());
     match status.as_u16() {
-        408 | 425 | 429 | 500..=599 => Outcome::Retry { error, after: after(head) },
+        425 | 429 => Outcome::NotNow { error, after: after(head) },
+        408 | 500..=599 => Outcome::Retry { error, after: after(head) },
         300..=399 => {
             let cure = "redirects are not followed, name the final address in 'http'";
             Outcome::Unclear { error: format!("{error}: {cure}") }

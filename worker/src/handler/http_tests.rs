@@ -32,7 +32,7 @@ fn word(outcome: Outcome) -> String {
             let kinds: Vec<&str> = emit.iter().map(Event::kind).collect();
             format!("done {} {}", result.unwrap_or_default(), kinds.join(" ")).trim_end().to_owned()
         }
-        Outcome::Retry { error, after } => {
+        Outcome::Retry { error, after } | Outcome::NotNow { error, after } => {
             let after = after.map_or_else(String::new, |after| format!(" after {}", after.as_secs()));
             format!("retry{after}: {error}")
         }
@@ -460,7 +460,17 @@ async fn a_service_is_trusted_only_with_a_certificate_that_is() {
 }
 
 #[tokio::test]
-async fn only_a_4xx_is_certain_to_have_done_nothing() {
+async fn only_a_4xx_and_a_service_that_is_not_there_are_certain_to_have_done_nothing() {
+    for (status, certain) in [(425, true), (429, true), (408, false), (500, false), (503, false)] {
+        match http(&Service::saying(response(status, &[], b"")).await).handle(call("1")).await {
+            Outcome::NotNow { .. } => assert!(certain, "{status}"),
+            Outcome::Retry { .. } => assert!(!certain, "{status}"),
+            other => panic!("{status}: {other:?}"),
+        }
+    }
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.and_then(|listener| listener.local_addr());
+    let away = Http::new(endpoint(nobody.expect("an address"))).handle(call("1")).await;
+    assert!(matches!(away, Outcome::NotNow { .. }), "{away:?}");
     for (status, body, certain) in [
         (400, &b"no"[..], true),
         (422, b"", true),

@@ -77,6 +77,13 @@ pub enum Outcome {
         /// Not before so long.
         after: Option<Duration>,
     },
+    /// It did not begin: nothing was done, and trying again may help.
+    NotNow {
+        /// Why.
+        error: String,
+        /// Not before so long.
+        after: Option<Duration>,
+    },
     /// It refused: nothing was done, and trying again cannot help.
     Dead {
         /// Why.

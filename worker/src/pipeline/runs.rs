@@ -131,6 +131,10 @@ impl Pipeline {
                 return self.enqueue(Station::Load, id);
             }
             handler::Outcome::Retry { error, after } => {
+                (job.error, job.untouched) = (error, false);
+                failed(Failure::Transient { after })
+            }
+            handler::Outcome::NotNow { error, after } => {
                 job.error = error;
                 failed(Failure::Transient { after })
             }
@@ -139,7 +143,7 @@ impl Pipeline {
                 failed(Failure::Permanent)
             }
             handler::Outcome::Unclear { error } => {
-                (job.error, job.unclear) = (error, true);
+                (job.error, job.untouched) = (error, false);
                 failed(Failure::Permanent)
             }
             handler::Outcome::Interrupted => Fact::Interrupted,

@@ -443,8 +443,8 @@ impl Pipeline {
     }
 }
 
-/// Answers processes; returns which answers the broker did not take: what they answer must not be acked. Where nobody waits for
-/// an answer, there is nothing to wait for.
+/// Answers processes; returns which answers the broker did not take now: what they answer must not be acked. What it never takes
+/// holds up nothing: the process calls a person.
 async fn answer(publisher: &Publisher, answers: Vec<(usize, Message)>) -> Vec<(usize, Refused)> {
     if answers.is_empty() {
         return Vec::new();
@@ -452,8 +452,8 @@ async fn answer(publisher: &Publisher, answers: Vec<(usize, Message)>) -> Vec<(u
     let (places, messages): (Vec<usize>, Vec<Message>) = answers.into_iter().unzip();
     let outcomes = publisher.publish_all(messages).await;
     let refused = |(n, outcome): (usize, Published)| match outcome {
-        Ok(_) | Err(Refused::Returned { .. }) => None,
-        Err(refused) => Some((n, refused)),
+        Err(refused @ (Refused::Rejected | Refused::Unknown)) => Some((n, refused)),
+        Ok(_) | Err(_) => None,
     };
     places.into_iter().zip(outcomes).filter_map(refused).collect()
 }

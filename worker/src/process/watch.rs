@@ -11,6 +11,7 @@ use warren_publisher::Publisher;
 use warren_publisher::pace::paced;
 use warren_shared::event::{Unreadable, Value};
 use warren_shared::process::wire::{INSTANCE, Name, TIMER};
+use warren_shared::retry::LADDER;
 use warren_shared::topology::Topology;
 use warren_shared::{Event, Limits, Message};
 
@@ -77,6 +78,7 @@ fn alarm(due: store::Due, topology: &Topology) -> Result<Message, Unreadable> {
         .with("time", Value::Text(jiff::Timestamp::now().to_string()))?
         .with_json(&data, Limits::default())?;
     let mut message = outgoing(&event);
-    message.exchange = topology.door();
+    // A worker may write there; the pool's door is for those who steer it.
+    message.exchange = topology.delay(LADDER[0]);
     Ok(message)
 }

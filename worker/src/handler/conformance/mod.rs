@@ -229,7 +229,9 @@ fn seen(outcome: Outcome) -> (Value, String) {
             let result = reply.result.map(|value| if value.is_null() { json!("a null") } else { value });
             (json!({"done": {"result": result, "emit": emit}}), String::new())
         }
-        Outcome::Retry { error, after } => (json!({"retry": after.map(|after| after.as_secs_f64())}), error),
+        Outcome::Retry { error, after } | Outcome::NotNow { error, after } => {
+            (json!({"retry": after.map(|after| after.as_secs_f64())}), error)
+        }
         Outcome::Dead { error } | Outcome::Unclear { error } => (json!({"dead": true}), error),
         other => panic!("{other:?}"),
     }
