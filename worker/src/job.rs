@@ -56,6 +56,8 @@ pub(crate) struct Job {
     pub(crate) recorded: Option<(Recorded, Vec<Message>)>,
     /// What the handler complained about last.
     pub(crate) error: String,
+    /// Whether its handler's last answer could not be understood.
+    pub(crate) unclear: bool,
     /// Whether none of its attempts can have done anything.
     pub(crate) untouched: bool,
     /// How many events caused one another until it.
@@ -151,6 +153,7 @@ impl Job {
             kept: None,
             recorded: None,
             error: String::new(),
+            unclear: false,
             untouched: false,
             hops: 0,
             proof: None,
@@ -242,7 +245,9 @@ impl Job {
                 let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
                 // What ran and timed out may have done it, whatever a repeat of it is told.
                 let certain = Some(self.untouched);
-                let failed = Failed { reason: cause.reason.into(), error: cause.error, certain };
+                // It was not refused.
+                let reason = if self.unclear { "unclear" } else { cause.reason };
+                let failed = Failed { reason: reason.into(), error: cause.error, certain };
                 let answer = answer(event, Err(&failed), &house.topology.pool, house.limits);
                 let answer = answer.map(|answer| outgoing(&answer).after_hops(self.hops + 1));
                 (Outcome::Dead, [letter].into_iter().chain(answer).collect())

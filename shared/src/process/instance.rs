@@ -55,7 +55,7 @@ pub enum Place {
     Done,
     /// It failed for good: it is certain that it is not done.
     Failed,
-    /// It failed for good, and nobody can tell whether it is done: it is taken back as if it were.
+    /// It failed for good, and nobody can tell whether it is done: it is taken back as if it were, or a person has to look.
     Unknown,
     /// Its undo was asked for.
     Undoing {
@@ -334,7 +334,9 @@ impl Turn<'_> {
         if !self.answer(step, attempt) {
             return false;
         }
-        self.instance.steps[step].unsure |= !certain;
+        // Of a step that cannot be taken back, a refusal is believed even where an earlier run of it was cut off: a service that keeps
+        // to its idempotency key would not refuse what it did, and a person can do no better.
+        self.instance.steps[step].unsure |= !certain && (!permanent || self.definition.steps[step].undo.is_some());
         self.go_on();
         match self.at(step) {
             Place::Running { attempt: current } if current == attempt => {
@@ -372,7 +374,23 @@ impl Turn<'_> {
         (state.open, state.unsure) = (0, true);
         if state.place == Place::Late {
             self.leave(step);
+            self.accept(step);
         }
+    }
+
+    /// A person knows of it, and nothing else can be done about it.
+    fn accept(&mut self, step: usize) -> bool {
+        let accepts = self.is_open(step);
+        if accepts {
+            self.go(step, Place::Abandoned);
+        }
+        accepts
+    }
+
+    /// Whether it may be done and cannot be taken back, so that only a person can tell how to go on.
+    fn is_open(&self, step: usize) -> bool {
+        let defined = &self.definition.steps[step];
+        self.at(step) == Place::Unknown && defined.undo.is_none() && !defined.optional
     }
 
     /// Notes that an attempt was answered; whether it was not before.
@@ -450,6 +468,7 @@ impl Turn<'_> {
             } else if let Place::Stuck { attempt } = self.at(step) {
                 self.ask(step, Direction::Undo, attempt + 1);
             }
+            self.accept(step);
         }
         true
     }
@@ -469,6 +488,7 @@ impl Turn<'_> {
                 self.presume(step);
                 gave_up = true;
             }
+            gave_up |= self.accept(step);
         }
         if gave_up {
             self.go_on();
@@ -594,9 +614,8 @@ impl Turn<'_> {
     fn rests(&self, step: usize) -> bool {
         match self.at(step) {
             Place::Waiting | Place::Skipped | Place::Failed | Place::Undone | Place::Abandoned => true,
-            Place::Done | Place::Unknown => {
-                self.definition.steps[step].undo.is_none() && self.instance.steps[step].open == 0
-            }
+            Place::Done => self.definition.steps[step].undo.is_none() && self.instance.steps[step].open == 0,
+            Place::Unknown => self.definition.steps[step].undo.is_none() && !self.is_open(step),
             _ => false,
         }
     }

@@ -171,6 +171,8 @@ impl World {
                 End::Compensated => {
                     let kept = defined.undo.is_none() || self.at(step) == Place::Abandoned;
                     assert!(!done || undone || kept, "{step} is still there: {self:?}");
+                    let open = self.at(step) == Place::Unknown && !defined.optional;
+                    assert!(!open, "nobody was asked what became of {step}: {self:?}");
                     assert!(!undone || done || self.instance.steps[step].unsure, "{step} never was: {self:?}");
                     let may_be_done = self.asked.iter().any(|(other, way, _)| *other == step && *way == Direction::Do);
                     assert!(
@@ -408,6 +410,37 @@ fn what_an_optional_step_may_have_done_goes_before_the_process_is_completed() {
     assert_eq!(instance.going, Going::Held);
     let (instance, _) = told(optional(), &[LATE, PATIENCE_ENDED, Fact::Resumed, undone]);
     assert_eq!(instance.going, Going::Ended(End::Completed));
+}
+
+#[test]
+fn what_cannot_be_taken_back_and_may_be_done_calls_a_person_before_anything_is_undone() {
+    let last = |optional| Draft {
+        undo: None,
+        last: true,
+        optional,
+        name: "z".into(),
+        action: "z".into(),
+        after: vec!["a".into()],
+        ..Draft::default()
+    };
+    let first = Draft { name: "a".into(), action: "a".into(), undo: Some("b".into()), ..Draft::default() };
+    let on = || Pattern::parse("begin").expect("valid");
+    let definition = Definition::new("two", on(), vec![first, last(false)]).expect("valid");
+    let failed =
+        |permanent, certain| Fact::Failed { step: 1, direction: Direction::Do, attempt: 1, permanent, certain };
+    let undo = Command::Send { step: 0, direction: Direction::Undo, attempt: 1 };
+    let told = |facts: &[Fact]| {
+        let mut instance = Instance::new(&definition);
+        let mut take = |fact: Fact| instance.take(fact, &definition, |_| Some(true), 0.5).unwrap_or_default();
+        let _ = (take(Fact::Begun), take(Fact::Done { step: 0, direction: Direction::Do, attempt: 1 }));
+        let commands = facts.iter().flat_map(|fact| take(*fact)).collect::<Vec<_>>();
+        (instance.going, commands.contains(&undo))
+    };
+    assert_eq!(told(&[failed(false, false)]), (Going::Stuck, false));
+    assert_eq!(told(&[failed(false, false), Fact::Resumed]), (Going::Back, true));
+    assert_eq!(told(&[failed(false, false), Fact::Cancelled]), (Going::Back, true));
+    assert_eq!(told(&[failed(true, false)]), (Going::Back, true), "it was refused in the end");
+    assert_eq!(told(&[failed(true, true)]), (Going::Back, true));
 }
 
 #[test]

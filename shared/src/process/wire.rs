@@ -35,7 +35,7 @@ pub const FAILED: &str = ".failed";
 pub const ENDS: [&str; 3] = ["completed", "compensated", "stuck"];
 
 /// Reasons that do not tell whether the step was done, where the answer does not say it either.
-const UNCERTAIN: [&str; 4] = ["exhausted", "crash", "expired", "delivery_limit"];
+const UNCERTAIN: [&str; 5] = ["exhausted", "crash", "unclear", "expired", "delivery_limit"];
 
 /// An instance by its name: `order/6f1c…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub struct Try {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failed {
     /// The word of the dead letter: `permanent`, `exhausted`, `crash`, `no-route`, `loop`, or why it could not be read; or
-    /// `unheard`, where nobody subscribes.
+    /// `unheard`, where nobody subscribes, and `unclear`, where the handler's answer could not be understood.
     pub reason: String,
     /// A sentence for a person.
     #[serde(default)]

@@ -224,6 +224,48 @@ processes:
     }
 
     #[test]
+    fn an_undo_has_data_of_its_own() {
+        let with = |undo: &str| read(&ORDER.replacen("undo: payment.refund", undo, 1));
+        let file = with("undo: {do: payment.refund, with: '{id: .results.charge.id}'}").expect("valid");
+        let charge = &file.processes[0].definition.steps[1];
+        assert_eq!(charge.undo.as_deref(), Some("payment.refund"));
+        let again = Plan::read(&file.processes[0].state()).expect("valid");
+        assert_eq!(again.id, file.processes[0].id);
+        assert_ne!(again.id, with("undo: payment.refund").expect("valid").processes[0].id);
+        for (undo, wanted) in [
+            ("undo: {do: payment.refund, with: '.a |'}", "'undo.with': "),
+            ("undo: {with: '.a'}", "'undo.do' is missing"),
+            ("undo: {do: payment.refund, wiht: '.a'}", "'undo.wiht' is unknown"),
+            ("undo: {do: payment.refund.done}", "'undo': 'payment.refund.done' ends as an answer does"),
+            ("undo: [payment.refund]", "'undo' is not the type"),
+        ] {
+            let found = with(undo).expect_err(undo);
+            assert!(found.iter().any(|found| found.contains(wanted)), "{wanted} is not in {found:#?}");
+        }
+    }
+
+    #[test]
+    fn patterns_of_which_neither_is_more_specific_have_no_taker_in_common() {
+        for route in ["*.placed", "order.*"] {
+            let on = if route == "*.placed" { "order.*" } else { "*.placed" };
+            let text = ORDER.replacen("on: order.placed", &format!("on: '{on}'"), 1).replacen(
+                "name: order",
+                "name: purchase",
+                1,
+            );
+            let found = read(&format!("routes:\n  - {{on: '{route}', log: {{}}}}\n{}", text.trim_start()));
+            let found = found.map(|_| ()).expect_err("two takers");
+            assert!(
+                found[0].contains(&format!("process 'purchase': '{route}' takes some types of this one as well")),
+                "{found:?}"
+            );
+            let other = "  - {name: other, on: 'X', steps: {a: {do: o.a, final: true}}}\n".replace('X', route);
+            let found = read(&format!("{}{other}", text.trim_start())).map(|_| ()).expect_err("two takers");
+            assert!(found.iter().any(|found| found.contains("process 'other': '")), "{found:?}");
+        }
+    }
+
+    #[test]
     fn an_event_has_one_taker() {
         let both = format!("routes:\n  - {{on: order.placed, log: {{}}}}\n{}", ORDER.trim_start());
         let found = read(&both).expect_err("a mistake");

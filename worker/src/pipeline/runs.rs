@@ -143,7 +143,7 @@ impl Pipeline {
                 failed(Failure::Permanent)
             }
             handler::Outcome::Unclear { error } => {
-                (job.error, job.untouched) = (error, false);
+                (job.error, job.untouched, job.unclear) = (error, false, true);
                 failed(Failure::Permanent)
             }
             handler::Outcome::Interrupted => Fact::Interrupted,

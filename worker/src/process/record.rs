@@ -170,6 +170,9 @@ impl Record {
                 Place::Late => format!("{name}'s late answer"),
                 Place::Undoing { .. } => format!("{name} to be undone"),
                 Place::UndoPausing { attempt } => format!("{name} to be undone again after attempt {attempt}"),
+                Place::Unknown if step.undo.is_none() && !step.optional => {
+                    format!("a person: {name} may have been done and cannot be undone")
+                }
                 Place::Stuck { .. } => format!("a person: {name} could not be undone"),
                 _ => return None,
             })
