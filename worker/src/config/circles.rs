@@ -12,6 +12,9 @@ enum Taker {
     Process(usize),
 }
 
+/// A taker, and what it emits on the way.
+type Hop = (Taker, String);
+
 /// Notes every circle at a line of one of its members.
 pub(super) fn find(routes: &Routes, plans: &Plans, lines: &[u64], mistakes: &Mistakes) {
     let graph = Graph { routes, plans };
@@ -38,13 +41,7 @@ struct Graph<'a> {
 impl Graph<'_> {
     /// Follows what a taker emits. `path` has the takers on the way and what each of them emits next; who is `left` behind leads
     /// into no circle that is not noted.
-    fn walk<'s>(
-        &'s self,
-        taker: Taker,
-        path: &mut Vec<(Taker, String)>,
-        left: &mut Vec<Taker>,
-        note: &mut dyn FnMut(&[(Taker, String)]),
-    ) {
+    fn walk(&self, taker: Taker, path: &mut Vec<Hop>, left: &mut Vec<Taker>, note: &mut dyn FnMut(&[Hop])) {
         if left.contains(&taker) {
             return;
         }
@@ -88,7 +85,7 @@ impl Graph<'_> {
         starts.max_by_key(|(_, plan)| plan.definition.on.rank()).map(|(place, _)| Taker::Process(place))
     }
 
-    fn describe(&self, circle: &[(Taker, String)]) -> Option<String> {
+    fn describe(&self, circle: &[Hop]) -> Option<String> {
         let name = |taker: &Taker| match taker {
             Taker::Route(place) => {
                 self.routes.get(*place).map_or_else(String::new, |route| format!("route (on: {})", route.on))
