@@ -139,7 +139,7 @@ pub const METRICS: &[Metric] = &[
     row(Kind::Gauge, n::UTILIZATION, &[], "the part of its places for handlers that is taken, 0 to 1"),
     row(Kind::Gauge, n::WORK, &[], "how long it would work on its backlog: backlog × service time ÷ places"),
     row(Kind::Gauge, n::WANTED, &[], "how many workers like this one its queues call for, to keep up and to be through with the backlog within `WARREN_WORK_OFF`; the sum over a pool is the number of its workers"),
-    row(Kind::Gauge, n::INSTANCES, PROCESS, "instances of business processes that have not ended, by status (running, compensating, stuck); every worker sees the same"),
+    row(Kind::Gauge, n::INSTANCES, PROCESS, "instances of business processes that have not ended, by status (running, compensating, stuck); `process` is empty where there is none; every worker sees the same"),
     row(Kind::Gauge, n::UNCHANGED, PROCESS, "for how long the one of them that changed longest ago has not changed"),
 ];
 

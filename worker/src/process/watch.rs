@@ -47,6 +47,10 @@ pub(crate) async fn watch(
 fn gauge(counts: &[Count], processes: &mut BTreeSet<String>) {
     // One that has none any more has none: a gauge keeps what it was set to.
     processes.extend(counts.iter().map(|count| count.name.clone()));
+    // An alert on a first one needs the zero before it.
+    if processes.is_empty() {
+        processes.insert(String::new());
+    }
     for (process, status) in processes.iter().flat_map(|process| OPEN.map(|status| (process, status))) {
         let count = counts.iter().find(|count| count.name == *process && count.status == status);
         let (states, oldest) = count.map_or((0, Duration::ZERO), |count| (count.states, count.oldest));
