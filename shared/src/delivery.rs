@@ -110,6 +110,8 @@ pub enum Record {
 pub enum Doom {
     /// No route takes its type.
     NoRoute,
+    /// Too many events caused one another until this one: they go round in a circle.
+    Loop,
     /// The handler said that trying again cannot help.
     Permanent {
         /// Attempts made.
@@ -162,6 +164,8 @@ pub enum Fact {
     Known,
     /// It has no outcome, and no route takes it.
     Unrouted,
+    /// It has no outcome, and too many events caused one another until it.
+    Looped,
     /// It has no outcome and the broker delivers it for the first time.
     Fresh {
         /// The attempt that it is.
@@ -311,6 +315,7 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
             S::Parking { after: remaining, attempt, record: Record::Absent }
         }
         (S::Received, F::Unrouted) => S::Condemned(Doom::NoRoute),
+        (S::Received, F::Looped) => S::Condemned(Doom::Loop),
         (S::Received, F::Fresh { attempt }) => {
             S::Running(Run { attempt, company: Company::Shared, record: Record::Absent })
         }

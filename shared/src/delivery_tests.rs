@@ -65,6 +65,7 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
             ("what the store cannot hold, and a second copy", usual, Content::Routed, 2, r(0, 0)),
             ("before its time, and never taken", usual, Content::Routed, 1, Trouble { early: 1, ..r(1, 1) }),
             ("no route", usual, Content::Unrouted, 1, t(1, 1, 1, 0)),
+            ("in a circle", usual, Content::Looped, 1, t(1, 1, 1, 0)),
             ("no event", usual, Content::Garbage, 1, t(1, 1, 1, 0)),
         ] {
             let worlds = explore_all(law, content, copies, trouble, &mut seen);
@@ -82,7 +83,7 @@ fn can_bring(action: Action, fact: Fact) -> bool {
     use {Action as A, Fact as F};
     match action {
         A::Look => {
-            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted)
+            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted | F::Looped)
                 || matches!(fact, F::Fresh { .. } | F::Redelivered { .. } | F::Gone | F::Broken)
         }
         A::Record(_) => matches!(fact, F::Recorded { .. } | F::Gone | F::Broken),
@@ -124,6 +125,7 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
         Fact::Early { remaining: after, attempt },
         Fact::Known,
         Fact::Unrouted,
+        Fact::Looped,
         Fact::Fresh { attempt },
         Fact::Redelivered { attempt },
         Fact::Recorded { unfinished: 0, failed: 0 },

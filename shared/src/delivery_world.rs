@@ -21,11 +21,12 @@ struct Copy {
     again: bool,
 }
 
-/// What the message is: an event with a route, one without, or no event.
+/// What the message is: an event with a route, one without, one of a circle, or no event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Content {
     Routed,
     Unrouted,
+    Looped,
     Garbage,
 }
 
@@ -208,6 +209,7 @@ impl World {
                 Fact::Early { remaining: EARLY, attempt: life.attempt }
             }
             Action::Look if self.content == Content::Unrouted => Fact::Unrouted,
+            Action::Look if self.content == Content::Looped => Fact::Looped,
             Action::Look if life.copy.again => Fact::Redelivered { attempt: life.attempt },
             Action::Look => Fact::Fresh { attempt: life.attempt },
             Action::Record(start) => {
@@ -325,6 +327,7 @@ impl Life {
         let after = |failure| matches!(self.result, Some(Fact::Failed { failure: last, .. }) if last == failure);
         let deserved = match doom {
             Doom::NoRoute => world.content == Content::Unrouted && self.result.is_none(),
+            Doom::Loop => world.content == Content::Looped && self.result.is_none(),
             Doom::Permanent { attempts } => after(Failure::Permanent) && attempts == self.attempt,
             Doom::Exhausted { attempts } => after(TRANSIENT) && attempts == world.law.retry.attempts,
             Doom::Unsendable { attempts } => {

@@ -85,6 +85,10 @@ pub const DUE: &str = "warren-due";
 pub const LANE: &str = "warren-lane";
 /// How often it was replayed from the dead letters.
 pub const REPLAYED: &str = "warren-replayed";
+/// Whether no attempt before this one can have done anything.
+pub const UNTOUCHED: &str = "warren-untouched";
+/// How many events caused one another until this one.
+pub const HOPS: &str = "warren-hops";
 
 /// An event as it arrived: what travels beside it.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,6 +107,10 @@ pub struct Incoming {
     pub replayed: u32,
     /// Its AMQP priority.
     pub priority: u8,
+    /// How many events caused one another until this one.
+    pub hops: u32,
+    /// Whether no attempt before this one can have done anything.
+    pub untouched: bool,
 }
 
 /// Whether an event can be told from its copies.
@@ -150,6 +158,13 @@ impl Message {
     pub fn set(&mut self, name: &str, value: impl Into<Value>) {
         self.headers.retain(|(n, _)| n != name);
         self.headers.push((name.into(), Header::Plain(value.into())));
+    }
+
+    /// The same message, with how many events caused one another until it.
+    #[must_use]
+    pub fn after_hops(mut self, hops: u32) -> Self {
+        self.set(HOPS, hops);
+        self
     }
 
     /// Drops what must not travel again: the broker's own marks.
@@ -211,6 +226,9 @@ impl Message {
         });
         let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
         let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
+        let hops = small(HOPS).unwrap_or(0);
+        // Whoever says nothing may have done something.
+        let untouched = attempt == 1 || self.header(UNTOUCHED) == Some(&Value::Bool(true));
         let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
         let priority = self.priority.unwrap_or(0);
         let unknown = foreign.as_ref().filter(|_| coding == Coding::Unknown).and_then(|f| f.content_encoding.clone());
@@ -225,7 +243,8 @@ impl Message {
         if let Some(foreign) = foreign.filter(|foreign| **foreign != Foreign::default()) {
             event.edit().foreign = Some(foreign);
         }
-        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
+        let identity = event.identity();
+        Ok(Incoming { identity, event, identified, attempt, due, replayed, priority, hops, untouched })
     }
 
     fn event(
@@ -462,6 +481,12 @@ impl From<&str> for Value {
 impl From<String> for Value {
     fn from(text: String) -> Self {
         Self::Text(text)
+    }
+}
+
+impl From<bool> for Value {
+    fn from(bool: bool) -> Self {
+        Self::Bool(bool)
     }
 }
 

@@ -35,3 +35,4 @@ mod storage;
 mod surroundings;
 mod tls;
 mod traces;
+mod unknown_ends;

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use warren_publisher::declare::{self, DeclareError, Found};
 use warren_publisher::process::{self, Spare, count, exit};
 use warren_publisher::{Broker, BrokerError};
-use warren_shared::env::{Declare, Reader, Settings, help};
+use warren_shared::env::{Database, Declare, Reader, Settings, help};
 use warren_shared::fleet::Conflict;
 use warren_shared::topology::{Declaration, Topology};
 
@@ -91,7 +91,7 @@ enum ProcessCommand {
         #[command(flatten)]
         picture: Picture,
     },
-    /// Have one that is stuck try again to undo what it could not undo
+    /// Have one that is stuck go on: it tries again to undo what it could not undo, and undoes what was never answered
     Resume {
         /// Its id
         id: String,
@@ -229,7 +229,7 @@ pub fn main_with(add: impl FnOnce(&Settings, Builder) -> anyhow::Result<Builder>
                 None => check(&settings, &topology, &[]).await,
             },
             Command::Topology { apply } => plan(&settings, &topology, apply).await,
-            Command::Status { json } => show_pool(&settings, &topology, json).await,
+            Command::Status { json } => show_pool(&settings, &worker, &topology, json).await,
             Command::Dead(command) => dead(Dead::new(settings, topology), command).await,
             Command::Process(command) => instances(&settings, &topology, command).await,
             Command::Healthcheck { .. } => unreachable!("it was answered above"),
@@ -417,10 +417,31 @@ async fn plan(settings: &Settings, topology: &Topology, apply: bool) -> anyhow::
     Ok(if different > 0 { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS })
 }
 
-async fn show_pool(settings: &Settings, topology: &Topology, json: bool) -> anyhow::Result<ExitCode> {
-    let report = status::report(settings, topology).await?;
+async fn show_pool(settings: &Settings, worker: &Worker, topology: &Topology, json: bool) -> anyhow::Result<ExitCode> {
+    let mut report = status::report(settings, topology).await?;
+    if !worker.plans().is_empty() {
+        report.needs.extend(stuck(settings).await);
+    }
     println(&if json { serde_json::to_string(&report)? } else { report.table().trim_end().to_owned() })?;
     Ok(if report.needs.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(exit::FAILED) })
+}
+
+/// What the store says of processes that need a person.
+async fn stuck(settings: &Settings) -> Vec<String> {
+    // To look at a pool makes no store.
+    if let Database::Sqlite(path) = &settings.database
+        && !std::path::Path::new(path).exists()
+    {
+        return Vec::new();
+    }
+    let counted = match open(settings, &worker_name(settings)).await {
+        Ok(store) => store.count("process").await,
+        Err(error) => Err(error),
+    };
+    match counted {
+        Ok(counts) => counts.iter().filter(|count| count.status == "stuck").map(status::stuck).collect(),
+        Err(error) => vec![format!("whether a process is stuck cannot be told: {error}")],
+    }
 }
 
 fn sketch(worker: &Worker, style: Style) -> anyhow::Result<ExitCode> {
@@ -437,7 +458,10 @@ async fn instances(settings: &Settings, topology: &Topology, command: ProcessCom
     let found = Instances::new(open(settings, &worker_name(settings)).await?);
     let (id, order) = match command {
         ProcessCommand::List { name, status, limit, json } => {
-            return list_instances(&found.list(name, status, limit).await?, limit, json);
+            // The limit hides nobody who waits for a person.
+            let stuck = status.as_deref().is_none_or(|status| status == "stuck");
+            let stuck = stuck && !found.list(name.clone(), Some("stuck".into()), 1).await?.is_empty();
+            return list_instances(&found.list(name, status, limit).await?, limit, json, stuck);
         }
         ProcessCommand::Show { id, json, picture } => {
             let Some(shown) = found.find(&id).await? else { return Ok(unknown(&id)) };
@@ -462,7 +486,7 @@ fn unknown(id: &str) -> ExitCode {
     ExitCode::from(exit::FAILED)
 }
 
-fn list_instances(all: &[Shown], limit: u32, json: bool) -> anyhow::Result<ExitCode> {
+fn list_instances(all: &[Shown], limit: u32, json: bool, stuck: bool) -> anyhow::Result<ExitCode> {
     let widths = [12, 16, 36, 20, 19, 0];
     if !json {
         println(&cells(["STATUS", "PROCESS", "INSTANCE", "KEY", "CHANGED", "WAITS FOR"].map(str::to_owned), widths))?;
@@ -477,7 +501,6 @@ fn list_instances(all: &[Shown], limit: u32, json: bool) -> anyhow::Result<ExitC
     if all.len() >= usize::try_from(limit).unwrap_or(usize::MAX) {
         eprintln!("there may be more: --limit shows them");
     }
-    let stuck = by_status.contains_key("stuck");
     Ok(if stuck { ExitCode::from(exit::FAILED) } else { ExitCode::SUCCESS })
 }
 

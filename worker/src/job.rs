@@ -10,8 +10,9 @@ use warren_shared::delivery::{Action, Doom, Fact, State};
 use warren_shared::json::Json;
 use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
+use warren_shared::seal::SEAL;
 use warren_shared::topology::{BUS, Topology};
-use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
+use warren_shared::wire::{ATTEMPT, DUE, HOPS, Identified, LANE, REPLAYED, UNTOUCHED};
 use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
@@ -60,6 +61,12 @@ pub(crate) struct Job {
     pub(crate) weight: usize,
     /// How often the broker refused its copy.
     pub(crate) refusals: u32,
+    /// Whether its handler's last answer could not be understood.
+    pub(crate) unclear: bool,
+    /// Whether none of its attempts can have done anything.
+    pub(crate) untouched: bool,
+    /// How many events caused one another until it.
+    pub(crate) hops: u32,
     /// Why it may be acked.
     pub(crate) proof: Option<Proof>,
     /// Ends the handler, or the wait in place.
@@ -108,6 +115,8 @@ pub(crate) struct House {
     pub(crate) topology: Topology,
     pub(crate) worker: String,
     pub(crate) limits: Limits,
+    /// So many events may cause one another.
+    pub(crate) hop_limit: u32,
 }
 
 impl Job {
@@ -118,9 +127,11 @@ impl Job {
         route: Option<usize>,
         since: Instant,
     ) -> Self {
-        let Incoming { event, identity, identified, attempt, replayed, priority, .. } = incoming;
+        let Incoming { event, identity, identified, attempt, replayed, priority, hops, untouched, .. } = incoming;
         let content = Content::Event { event, identity, identified, attempt, replayed, route };
-        Self { priority, ..Self::new(ticket, redelivered, content, since) }
+        // One that is delivered again may have run, and died with its process.
+        let untouched = untouched && !redelivered;
+        Self { priority, hops, untouched, ..Self::new(ticket, redelivered, content, since) }
     }
 
     pub(crate) fn of_message(
@@ -149,6 +160,9 @@ impl Job {
             error: String::new(),
             weight: 0,
             refusals: 0,
+            unclear: false,
+            untouched: false,
+            hops: 0,
             proof: None,
             abort: None,
             since,
@@ -165,6 +179,13 @@ impl Job {
     pub(crate) fn event(&self) -> Option<&Event> {
         match &self.content {
             Content::Event { event, .. } => Some(event),
+            Content::Message(_) => None,
+        }
+    }
+
+    pub(crate) fn identity(&self) -> Option<&Identity> {
+        match &self.content {
+            Content::Event { identity, .. } => Some(identity),
             Content::Message(_) => None,
         }
     }
@@ -229,9 +250,14 @@ impl Job {
                 let replayed = self.seen().map_or(0, |seen| seen.replayed);
                 let lane = &self.ticket.place().lane_name;
                 let letter = dead::of_event(event, replayed, lane, &cause, &house.scene(), &house.topology.dead());
-                let failed = Failed { reason: cause.reason.into(), error: cause.error };
+                // What ran and timed out may have done it, whatever a repeat of it is told.
+                let certain = Some(self.untouched);
+                // It was not refused.
+                let reason = if self.unclear { "unclear" } else { cause.reason };
+                let failed = Failed { reason: reason.into(), error: cause.error, certain };
                 let answer = answer(event, Err(&failed), &house.topology.pool, house.limits);
-                (Outcome::Dead, [letter].into_iter().chain(answer.as_ref().map(outgoing)).collect())
+                let answer = answer.map(|answer| outgoing(&answer).after_hops(self.hops + 1));
+                (Outcome::Dead, [letter].into_iter().chain(answer).collect())
             }
             _ => return None,
         };
@@ -242,7 +268,7 @@ impl Job {
 
     /// What its success sends: what the handler emits, the answer to a process, and what this pool gets after a time.
     fn sent(&self, event: &Event, house: &House) -> Vec<Message> {
-        let Reply { emit, later, result, looked_on, .. } = &self.reply;
+        let Reply { emit, later, result, looked_on, hops, .. } = &self.reply;
         let mut sent: Vec<Message> = emit.iter().map(outgoing).collect();
         if !looked_on {
             let answer = answer(event, Ok(result.as_ref()), &house.topology.pool, house.limits);
@@ -252,7 +278,27 @@ impl Job {
             let lane = event.lane().map(str::to_owned);
             delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())
         }));
-        sent
+        let hops = hops.unwrap_or(self.hops + 1);
+        sent.into_iter().map(|message| message.after_hops(hops)).collect()
+    }
+
+    /// The answer to a process whose question cannot be read: it would wait for one in vain. What the question is stands in its
+    /// headers, which are read without its body.
+    pub(crate) fn unread(&self, house: &House) -> Option<Message> {
+        let Content::Message(message) = &self.content else { return None };
+        let (message, why) = message.as_ref();
+        let mut head = Message {
+            headers: message.headers.clone(),
+            content_type: message.content_type.clone(),
+            ..Message::default()
+        };
+        head.strip();
+        head.headers.retain(|(name, _)| name != SEAL);
+        let incoming = head.open(&[], house.limits, String::new).ok()?;
+        let certain = Some(incoming.untouched && !self.redelivered);
+        let failed = Failed { reason: why.reason().into(), error: format!("it cannot be read: {why}"), certain };
+        let answer = answer(&incoming.event, Err(&failed), &house.topology.pool, house.limits)?;
+        Some(outgoing(&answer).after_hops(incoming.hops + 1))
     }
 
     /// What a transaction of its handler records.
@@ -279,6 +325,14 @@ impl Job {
                 let kind = self.event().map(|e| e.kind().to_owned()).unwrap_or_default();
                 ("no-route", 0, format!("no route takes the type '{kind}': add one, then replay"))
             }
+            Doom::Loop => {
+                let error = format!(
+                    "{} events caused one another until this one: find out which routes or processes lead back to one another, or \
+                     raise WARREN_HOP_LIMIT",
+                    self.hops
+                );
+                ("loop", 0, error)
+            }
             Doom::Permanent { attempts } => ("permanent", attempts, self.error.clone()),
             Doom::Exhausted { attempts } => ("exhausted", attempts, self.error.clone()),
             Doom::Unsendable { attempts } => ("unsendable", attempts, self.error.clone()),
@@ -297,6 +351,12 @@ impl Job {
                 let mut message = delayed(house, event, after, now_ms, attempt, Some(&self.ticket.place().lane_name));
                 if *replayed > 0 {
                     message.set(REPLAYED, *replayed);
+                }
+                if self.hops > 0 {
+                    message.set(HOPS, self.hops);
+                }
+                if self.untouched {
+                    message.set(UNTOUCHED, true);
                 }
                 Some(message)
             }

@@ -58,6 +58,8 @@ pub mod names {
     pub const UTILIZATION: &str = "warren_utilization_ratio";
     pub const WORK: &str = "warren_work_seconds";
     pub const WANTED: &str = "warren_workers_wanted";
+    pub const INSTANCES: &str = "warren_process_instances";
+    pub const UNCHANGED: &str = "warren_process_unchanged_seconds";
 }
 use names as n;
 
@@ -90,6 +92,7 @@ const fn row(kind: Kind, name: &'static str, labels: &'static [&'static str], he
 }
 
 const LANE: &[&str] = &["lane"];
+const PROCESS: &[&str] = &["process", "status"];
 const ROUTE: &[&str] = &["lane", "route"];
 
 /// All metrics. What is not here does not exist.
@@ -140,6 +143,8 @@ pub const METRICS: &[Metric] = &[
     row(Kind::Gauge, n::UTILIZATION, &[], "the part of its places for handlers that is taken, 0 to 1"),
     row(Kind::Gauge, n::WORK, &[], "how long it would work on its backlog: backlog × service time ÷ places"),
     row(Kind::Gauge, n::WANTED, &[], "how many workers like this one its queues call for, to keep up and to be through with the backlog within `WARREN_WORK_OFF`; the sum over a pool is the number of its workers"),
+    row(Kind::Gauge, n::INSTANCES, PROCESS, "instances of business processes that have not ended, by status (running, compensating, stuck); `process` is empty where there is none; every worker sees the same"),
+    row(Kind::Gauge, n::UNCHANGED, PROCESS, "for how long the one of them that changed longest ago has not changed"),
 ];
 
 /// The table as `docs/operations.md` shows it.

@@ -24,7 +24,8 @@ use warren_publisher::{Publisher, Refused};
 use warren_shared::dead::{self, Cause, Scene, UNSENDABLE};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
-use warren_shared::{Event, Limits, Message};
+use warren_shared::wire::HOPS;
+use warren_shared::{Limits, Message};
 
 /// Rows under way at most.
 const WAVE: usize = 512;
@@ -454,11 +455,9 @@ impl Relay {
         metrics::count(names::UNHEARD, 1);
         let Some(message) = self.first(key) else { return };
         tracing::debug!(id = message.message_id, r#type = message.kind, "nobody subscribes to it");
-        let event = self.event(message);
-        let told = event.and_then(|event| {
-            let error = format!("nobody subscribes to '{}': add a route for it, here or in another pool", event.kind());
-            self.failed(&event, "unheard", error)
-        });
+        let kind = message.kind.as_deref().unwrap_or(&message.routing_key);
+        let error = format!("nobody subscribes to '{kind}': add a route for it, here or in another pool");
+        let told = self.failed(message, "unheard", error);
         match told {
             Some(answer) => self.replace(key, answer),
             None => self.gone(key),
@@ -490,7 +489,7 @@ impl Relay {
             format!("its body of {size} bytes is left out, as the broker refuses the dead letter, too: {why}")
         } else {
             let error = format!("it cannot be sent to '{exchange}' with routing key '{}': {why}", letter.routing_key);
-            told = self.event(message).and_then(|event| self.failed(&event, UNSENDABLE, error.clone()));
+            told = self.failed(message, UNSENDABLE, error.clone());
             error
         };
         let cause = Cause { reason: UNSENDABLE, error, attempts: 0, handler: String::new() };
@@ -513,16 +512,14 @@ impl Relay {
         Some(&self.keys.get(&key)?.rows.front()?.message)
     }
 
-    fn event(&self, message: &Message) -> Option<Event> {
-        Some(message.read(self.parts.limits, String::new).ok()?.event)
-    }
-
     /// The answer to a process whose question goes nowhere; none where it is no question.
-    fn failed(&self, event: &Event, reason: &str, error: String) -> Option<Message> {
-        let failed = Failed { reason: reason.into(), error };
-        let answer = answer(event, Err(&failed), &self.parts.pool, self.parts.limits)?;
+    fn failed(&self, message: &Message, reason: &str, error: String) -> Option<Message> {
+        let event = message.read(self.parts.limits, String::new).ok()?.event;
+        let failed = Failed::before(reason, error);
+        let answer = answer(&event, Err(&failed), &self.parts.pool, self.parts.limits)?;
         tracing::warn!(id = event.id(), r#type = event.kind(), "a step of a process fails: {}", failed.error);
-        Some(outgoing(&answer))
+        let hops = message.number(HOPS).and_then(|hops| u32::try_from(hops).ok()).unwrap_or(0);
+        Some(outgoing(&answer).after_hops(hops + 1))
     }
 
     /// Sends another message in the place of a key's first row.
@@ -602,7 +599,7 @@ impl Relay {
         self.shared.bytes.fetch_sub(bytes, Ordering::AcqRel);
         let store = self.parts.store.clone();
         tokio::spawn(async move {
-            repeated(|| store.leave(ids.clone()), "outgoing messages cannot be left to the next owner yet").await;
+            repeated(|| store.give_up(ids.clone()), "outgoing messages cannot be left to the next owner yet").await;
             let _ = tell.send(());
         });
     }

@@ -1,5 +1,6 @@
 //! `warren-worker status`: the pool as its workers and the broker tell it.
 use crate::fleet;
+use crate::store::Count;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -188,6 +189,17 @@ fn total(rates: impl Iterator<Item = f64>) -> f64 {
 /// What is to be said of the bindings where nobody looked at them, to be read after their name.
 pub(crate) const UNSEEN: &str = "are not looked at, as AMQP does not show them: workers with WARREN_DECLARE=auto make them again \
                                  once a minute, 'warren-worker topology --apply' at once";
+
+/// What is to be done about instances that are stuck.
+pub(crate) fn stuck(count: &Count) -> String {
+    let Count { name, states, oldest, .. } = count;
+    let (many, are) = if *states == 1 { ("1 instance".into(), "is") } else { (format!("{states} instances"), "are") };
+    let since = age(u64::try_from(oldest.as_millis()).ok());
+    format!(
+        "{many} of process '{name}' {are} stuck, for {since} at the longest: see 'warren-worker process list --status stuck', \
+         then resume or cancel"
+    )
+}
 
 /// The first few names, and how many more there are.
 fn shorten(names: &[&str]) -> String {

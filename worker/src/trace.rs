@@ -51,8 +51,10 @@ mod with {
             let Some(mut span) = self.0.take() else { return };
             // What went wrong may quote an event's data: the log, which the operator guards, says it.
             match outcome {
-                Outcome::Retry { .. } => span.set_status(Status::error("it failed, and is tried again")),
-                Outcome::Dead { .. } => span.set_status(Status::error("it failed for good")),
+                Outcome::Retry { .. } | Outcome::NotNow { .. } => {
+                    span.set_status(Status::error("it failed, and is tried again"))
+                }
+                Outcome::Dead { .. } | Outcome::Unclear { .. } => span.set_status(Status::error("it failed for good")),
                 Outcome::Interrupted => span.set_attribute(KeyValue::new("warren.interrupted", true)),
                 Outcome::Done(_) | Outcome::Recorded { .. } | Outcome::Needs(_) => {}
             }

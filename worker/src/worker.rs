@@ -10,7 +10,7 @@ use crate::memory;
 use crate::metrics::{self, names};
 use crate::outbox::{self, Outbox};
 use crate::pipeline::{self, Order as Command, Parts, Pulse};
-use crate::process::Plans;
+use crate::process::{Plans, watch};
 use crate::shutdown::Stop;
 use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
 use crate::trace;
@@ -318,6 +318,7 @@ impl Worker {
             Some(transactions) => Ok::<Transactions, StoreError>(Clone::clone(transactions)),
             None => Ok(transactions.insert(store.transactions(settings.database_connections)?).clone()),
         };
+        let defined = plans.iter().map(|plan| plan.definition.name.clone()).collect();
         let processes: Arc<dyn Handler> = Arc::new(Processes::new(plans, store.clone()));
         let handlers = routes.iter().map(|route| handler::build(route, &processes, &mut in_tx));
         let handlers: Vec<Arc<dyn Handler>> = handlers.collect::<Result<_, _>>()?;
@@ -325,13 +326,19 @@ impl Worker {
             routes: routes.clone(),
             handlers: handlers.clone(),
             law: config::law(&settings),
-            house: House { topology: topology.clone(), worker: name.clone(), limits: settings.limits },
+            house: House {
+                topology: topology.clone(),
+                worker: name.clone(),
+                limits: settings.limits,
+                hop_limit: settings.hop_limit,
+            },
             context: Context {
                 attempt: 1,
                 timeout: config::TIMEOUT,
                 partition: "".into(),
                 pool: settings.pool.as_str().into(),
                 limits: settings.limits,
+                ..Context::default()
             },
             concurrency: settings.concurrency,
             memory,
@@ -346,9 +353,10 @@ impl Worker {
         let gauges =
             Gauges::new(vitals.clone(), running.orders.clone(), &topology, settings.concurrency, settings.work_off);
         let gauges = tokio::spawn(gauges.watch());
-        let prober = tokio::spawn(probe(publisher, topology.probe(), subscriptions.clone()));
+        let prober = tokio::spawn(probe(publisher.clone(), topology.probe(), subscriptions.clone()));
         let of_bindings = subscriptions.clone();
         let binder = tokio::spawn(async move { of_bindings.keep_bound().await });
+        let watcher = tokio::spawn(watch(store.clone(), publisher, topology.clone(), defined));
         let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
         tracing::info!(
             worker = name,
@@ -389,6 +397,7 @@ impl Worker {
         keeper.abort();
         prober.abort();
         binder.abort();
+        watcher.abort();
         gauges.abort();
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;

@@ -1,4 +1,5 @@
 //! A process as it was defined, checked before it runs.
+use super::wire::{DONE, ENDS, FAILED};
 use crate::pattern::Pattern;
 use crate::retry::Policy;
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,9 @@ pub struct Draft {
     pub when: Option<String>,
     /// What makes the data of the event that asks for it, in jq.
     pub with: Option<String>,
+    /// What makes the data of the event that takes it back, in jq.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undo_with: Option<String>,
     /// Whether the process goes on without it where it fails.
     pub optional: bool,
     /// Whether it stays as it is when the process is taken back.
@@ -105,7 +109,7 @@ impl Definition {
                 wrong(step, "another step has the same name".into());
             }
             for (field, kind) in [("do", Some(&draft.action)), ("undo", draft.undo.as_ref())] {
-                if let Some(problem) = kind.and_then(|kind| not_a_type(kind)) {
+                if let Some(problem) = kind.and_then(|kind| not_a_type(kind).or_else(|| is_taken(kind, name))) {
                     wrong(step, format!("'{field}': {problem}"));
                 }
             }
@@ -155,6 +159,20 @@ fn not_a_type(kind: &str) -> Option<String> {
         return Some(format!("'{kind}' is a pattern or has empty words: a step asks for one type"));
     }
     None
+}
+
+/// Why an event of this type would not be taken for one that asks for a step.
+fn is_taken(kind: &str, process: &str) -> Option<String> {
+    if let Some(ending) = [DONE, FAILED].into_iter().find(|ending| kind.ends_with(ending)) {
+        return Some(format!(
+            "'{kind}' ends as an answer does ('{ending}') and would be taken for one: name another type"
+        ));
+    }
+    if kind.starts_with("warren.") {
+        return Some(format!("'{kind}' is one of Warren's own types: name another one"));
+    }
+    let end = kind.strip_prefix(process)?.strip_prefix('.')?;
+    ENDS.contains(&end).then(|| format!("'{kind}' tells how the process ends: name another type"))
 }
 
 /// The drafts' places in an order in which each stands behind those it comes after; as written where that leaves a choice.
@@ -238,6 +256,8 @@ mod tests {
             Draft { undo: None, ..draft("b", &[]) },
             Draft { last: true, ..draft("c", &[]) },
             Draft { action: "pay.*".into(), ..draft("D!", &[]) },
+            Draft { action: "pay.failed".into(), undo: Some("pay.done".into()), ..draft("e", &[]) },
+            Draft { action: "order.completed".into(), undo: Some("warren.process.timer".into()), ..draft("f", &[]) },
         ])
         .expect_err("mistakes");
         let text: Vec<String> =
@@ -251,6 +271,10 @@ mod tests {
             "c: it has an 'undo' and is 'final'",
             "D!: its name",
             "D!: 'do': 'pay.*' is a pattern",
+            "e: 'do': 'pay.failed' ends as an answer does",
+            "e: 'undo': 'pay.done' ends as an answer does",
+            "f: 'do': 'order.completed' tells how the process ends",
+            "f: 'undo': 'warren.process.timer' is one of Warren's own types",
         ] {
             assert!(text.contains(wanted), "{wanted} is not in:\n{text}");
         }

@@ -2,20 +2,22 @@
 //!
 //! ```text
 //! Forward ── every step settled ──────────────────────────────▶ Ended(Completed)
-//!    └────── a step fails, or a person cancels ──▶ Back ──────▶ Ended(Compensated)
-//!                                                   ▲ │ an undo fails for good, nothing else moves
-//!                                        resumed ───┘ ▼
+//!   ▲ │ └── a step fails, or a person cancels ───▶ Back ──────▶ Ended(Compensated)
+//!   │ ▼                                             ▲ │ an undo fails for good, or nobody answers;
+//!  Held: as Stuck, on the way forth      resumed ───┘ ▼ nothing else moves
 //!                                                   Stuck
 //!
-//! a step:  Waiting ─▶ Running ─▶ Done ─▶ Undoing ─▶ Undone
-//!             │         │  ▲                │  ▲
-//!             ▼         ▼  └ Pausing        ▼  └ UndoPausing, Stuck
-//!          Skipped    Failed, Late ─▶ Done | Failed
+//! a step:  Waiting ─▶ Running ─▶ Done ──────┬─▶ Undoing ─▶ Undone
+//!             │         │  ▲                │      │  ▲
+//!             ▼         ▼  └ Pausing        │      ▼  └ UndoPausing, Stuck
+//!          Skipped    Failed, Unknown ──────┘
+//!                     Late ─▶ Done | Failed | Unknown
 //! ```
 //!
-//! What was done is undone, children before parents, and nothing else is. A step that did not answer in time may still do
-//! its work: it is `Late`, and nothing that it rests on is undone until it has answered. Every event that asks for a step is
-//! answered in the end, as it is either handled or dead-lettered; so an undo never overtakes what it takes back.
+//! What was done, or may have been done, is undone, children before parents, and nothing else is. Only a refusal is certain
+//! (`Failed`); a step of which any attempt ended in another way is `Unknown`. A step that did not answer in time may still do its
+//! work: it is `Late`, and nothing that it rests on is undone until it has answered, so an undo never overtakes what it takes
+//! back. An answer that does not come for one more timeout is not waited for any longer: a person is called.
 use super::definition::Definition;
 use crate::retry::{Failure, Verdict};
 use serde::{Deserialize, Serialize};
@@ -53,6 +55,8 @@ pub enum Place {
     Done,
     /// It failed for good: it is certain that it is not done.
     Failed,
+    /// It failed for good, and nobody can tell whether it is done: it is taken back as if it were, or a person has to look.
+    Unknown,
     /// Its undo was asked for.
     Undoing {
         /// For the how-many-th time.
@@ -81,6 +85,38 @@ pub struct State {
     pub place: Place,
     /// The attempts that were not answered, a bit each.
     open: u64,
+    /// Whether an attempt ended in a way that does not tell whether it was done.
+    #[serde(default)]
+    unsure: bool,
+    /// How long what is not answered is still waited for.
+    #[serde(default)]
+    grace: Grace,
+}
+
+/// How long what is not answered is still waited for, once nothing else is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+enum Grace {
+    /// As long as the step's timeout says.
+    #[default]
+    Unset,
+    /// One more timeout.
+    Set,
+    /// No longer: a person has to look.
+    Over,
+}
+
+impl State {
+    /// Whether it is waited, for a time, for answers that are late.
+    #[must_use]
+    pub fn has_grace(&self) -> bool {
+        self.grace == Grace::Set && self.open != 0 && matches!(self.place, Place::Late | Place::Done)
+    }
+
+    /// Whether a person has to look why nobody answers.
+    #[must_use]
+    pub fn is_overdue(&self) -> bool {
+        self.grace == Grace::Over && self.open != 0 && matches!(self.place, Place::Late | Place::Done)
+    }
 }
 
 /// How an instance ended.
@@ -88,7 +124,7 @@ pub struct State {
 pub enum End {
     /// Every step is done, skipped, or failed and optional.
     Completed,
-    /// What was done is undone.
+    /// What was done, or may have been, is undone.
     Compensated,
 }
 
@@ -99,8 +135,10 @@ pub enum Going {
     Forward,
     /// Steps are taken back.
     Back,
-    /// An undo failed for good.
+    /// On the way back an undo failed for good, or somebody does not answer.
     Stuck,
+    /// On the way forth, with an optional step, the same.
+    Held,
     /// It is over.
     Ended(End),
 }
@@ -112,6 +150,8 @@ pub enum Wait {
     Timeout,
     /// The pause before the next attempt is over.
     Pause,
+    /// An answer that is late is not waited for any longer.
+    Grace,
 }
 
 /// What happened.
@@ -128,7 +168,7 @@ pub enum Fact {
         /// Which one.
         attempt: u32,
     },
-    /// An attempt failed for certain.
+    /// An attempt failed.
     Failed {
         /// Of which step.
         step: usize,
@@ -138,6 +178,8 @@ pub enum Fact {
         attempt: u32,
         /// Whether trying again cannot help.
         permanent: bool,
+        /// Whether it is certain that it did nothing.
+        certain: bool,
     },
     /// The time of an attempt is over.
     Woken {
@@ -200,7 +242,7 @@ impl Instance {
     /// An instance that has not begun.
     #[must_use]
     pub fn new(definition: &Definition) -> Self {
-        let waiting = State { place: Place::Waiting, open: 0 };
+        let waiting = State { place: Place::Waiting, open: 0, unsure: false, grace: Grace::Unset };
         Self { going: Going::Forward, steps: vec![waiting; definition.steps.len()] }
     }
 
@@ -241,8 +283,8 @@ impl Turn<'_> {
                 self.instance.steps.iter().all(|step| step.place == Place::Waiting) && self.is(Going::Forward)
             }
             Fact::Done { step, direction: Direction::Do, attempt } => self.done(step, attempt),
-            Fact::Failed { step, direction: Direction::Do, attempt, permanent } => {
-                self.failed(step, attempt, permanent)
+            Fact::Failed { step, direction: Direction::Do, attempt, permanent, certain } => {
+                self.failed(step, attempt, permanent, certain)
             }
             Fact::Woken { step, direction: Direction::Do, attempt, wait: Wait::Timeout } => {
                 self.at(step) == Place::Running { attempt } && self.again_or(step, attempt, false, Self::give_up)
@@ -255,11 +297,11 @@ impl Turn<'_> {
                     matches!(self.at(step), Place::Undoing { .. } | Place::UndoPausing { .. } | Place::Stuck { .. });
                 if waits {
                     self.go(step, Place::Undone);
-                    self.instance.going = Going::Back;
+                    self.go_on();
                 }
                 waits
             }
-            Fact::Failed { step, direction: Direction::Undo, attempt, permanent } => {
+            Fact::Failed { step, direction: Direction::Undo, attempt, permanent, .. } => {
                 self.at(step) == Place::Undoing { attempt } && self.again_or(step, attempt, permanent, Self::call)
             }
             Fact::Woken { step, direction: Direction::Undo, attempt, wait: Wait::Timeout } => {
@@ -268,34 +310,87 @@ impl Turn<'_> {
             Fact::Woken { step, direction: Direction::Undo, attempt, wait: Wait::Pause } => {
                 self.at(step) == Place::UndoPausing { attempt } && self.ask(step, Direction::Undo, attempt + 1)
             }
-            Fact::Resumed => self.is(Going::Stuck) && self.resume(),
+            Fact::Woken { step, wait: Wait::Grace, .. } => self.lose_patience(step),
+            Fact::Resumed => self.resume(),
             Fact::Cancelled => self.cancel(),
         }
     }
 
     fn done(&mut self, step: usize, attempt: u32) -> bool {
         let answered = self.answer(step, attempt);
-        let is_new = matches!(self.at(step), Place::Running { .. } | Place::Pausing { .. } | Place::Late);
+        // A dead letter of it may have been replayed.
+        let is_new =
+            matches!(self.at(step), Place::Running { .. } | Place::Pausing { .. } | Place::Late | Place::Unknown);
         if is_new {
             self.go(step, Place::Done);
+        }
+        if answered || is_new {
+            self.go_on();
         }
         answered || is_new
     }
 
-    fn failed(&mut self, step: usize, attempt: u32, permanent: bool) -> bool {
+    fn failed(&mut self, step: usize, attempt: u32, permanent: bool, certain: bool) -> bool {
         if !self.answer(step, attempt) {
             return false;
         }
+        // Of a step that cannot be taken back, a refusal is believed even where an earlier run of it was cut off: a service that keeps
+        // to its idempotency key would not refuse what it did, and a person can do no better.
+        self.instance.steps[step].unsure |= !certain && (!permanent || self.definition.steps[step].undo.is_some());
+        self.go_on();
         match self.at(step) {
             Place::Running { attempt: current } if current == attempt => {
                 self.again_or(step, attempt, permanent, Self::give_up)
             }
-            Place::Late if self.instance.steps[step].open == 0 => {
-                self.go(step, Place::Failed);
+            Place::Late => {
+                self.leave(step);
                 true
             }
             _ => true,
         }
+    }
+
+    /// Something moved: what was called stuck may be so no longer.
+    fn go_on(&mut self) {
+        self.instance.going = match self.instance.going {
+            Going::Stuck => Going::Back,
+            Going::Held => Going::Forward,
+            going => going,
+        };
+    }
+
+    fn lose_patience(&mut self, step: usize) -> bool {
+        let state = &mut self.instance.steps[step];
+        let loses = state.has_grace();
+        if loses {
+            state.grace = Grace::Over;
+        }
+        loses
+    }
+
+    /// What does not answer is taken for something that may be done.
+    fn presume(&mut self, step: usize) {
+        let state = &mut self.instance.steps[step];
+        (state.open, state.unsure) = (0, true);
+        if state.place == Place::Late {
+            self.leave(step);
+            self.accept(step);
+        }
+    }
+
+    /// A person knows of it, and nothing else can be done about it.
+    fn accept(&mut self, step: usize) -> bool {
+        let accepts = self.is_open(step);
+        if accepts {
+            self.go(step, Place::Abandoned);
+        }
+        accepts
+    }
+
+    /// Whether it may be done and cannot be taken back, so that only a person can tell how to go on.
+    fn is_open(&self, step: usize) -> bool {
+        let defined = &self.definition.steps[step];
+        self.at(step) == Place::Unknown && defined.undo.is_none() && !defined.optional
     }
 
     /// Notes that an attempt was answered; whether it was not before.
@@ -336,8 +431,17 @@ impl Turn<'_> {
 
     /// No more attempts; where one was not answered, it may still be done.
     fn leave(&mut self, step: usize) {
-        let certain = self.instance.steps[step].open == 0;
-        self.go(step, if certain { Place::Failed } else { Place::Late });
+        let State { open, unsure, .. } = self.instance.steps[step];
+        self.go(
+            step,
+            if open != 0 {
+                Place::Late
+            } else if unsure {
+                Place::Unknown
+            } else {
+                Place::Failed
+            },
+        );
     }
 
     fn call(&mut self, step: usize, attempt: u32) {
@@ -354,29 +458,40 @@ impl Turn<'_> {
     }
 
     fn resume(&mut self) -> bool {
-        self.instance.going = Going::Back;
+        if !self.is(Going::Stuck) && !self.is(Going::Held) {
+            return false;
+        }
+        self.go_on();
         for step in 0..self.instance.steps.len() {
-            if let Place::Stuck { attempt } = self.at(step) {
+            if self.instance.steps[step].is_overdue() {
+                self.presume(step);
+            } else if let Place::Stuck { attempt } = self.at(step) {
                 self.ask(step, Direction::Undo, attempt + 1);
             }
+            self.accept(step);
         }
         true
     }
 
     fn cancel(&mut self) -> bool {
-        if self.is(Going::Forward) {
+        if self.is(Going::Forward) || self.is(Going::Held) {
             self.turn_back();
             return true;
         }
         let mut gave_up = false;
-        for step in &mut self.instance.steps {
-            if matches!(step.place, Place::Late | Place::Stuck { .. }) {
-                step.place = Place::Abandoned;
+        for step in 0..self.instance.steps.len() {
+            if matches!(self.at(step), Place::Late | Place::Stuck { .. }) {
+                self.go(step, Place::Abandoned);
+                gave_up = true;
+            } else if self.instance.steps[step].is_overdue() {
+                // It is done: that it is not undone is no less than its undo has to say.
+                self.presume(step);
                 gave_up = true;
             }
+            gave_up |= self.accept(step);
         }
         if gave_up {
-            self.instance.going = Going::Back;
+            self.go_on();
         }
         gave_up
     }
@@ -400,6 +515,10 @@ impl Turn<'_> {
         // In the definition's order each step stands behind those before it: one pass is enough.
         for step in 0..self.instance.steps.len() {
             let defined = &self.definition.steps[step];
+            // The process goes on without it, and what it may have done has to go.
+            if self.is(Going::Forward) && self.at(step) == Place::Unknown && defined.undo.is_some() {
+                self.ask(step, Direction::Undo, 1);
+            }
             let ready = self.is(Going::Forward)
                 && self.at(step) == Place::Waiting
                 && defined.after.iter().all(|before| self.is_settled(*before));
@@ -413,10 +532,46 @@ impl Turn<'_> {
             }
         }
         if self.is(Going::Forward) && (0..self.instance.steps.len()).all(|step| self.is_settled(step)) {
-            self.end(End::Completed);
+            self.complete();
         }
         if self.is(Going::Back) {
             self.take_back();
+        }
+        if !matches!(self.instance.going, Going::Ended(_)) {
+            self.have_patience();
+        }
+    }
+
+    /// Ends, once nothing of optional steps is left to take back.
+    fn complete(&mut self) {
+        let owed = |step: &usize| match self.at(*step) {
+            Place::Late => self.definition.steps[*step].undo.is_some(),
+            Place::Undoing { .. } | Place::UndoPausing { .. } | Place::Stuck { .. } => true,
+            _ => false,
+        };
+        let owed: Vec<usize> = (0..self.instance.steps.len()).filter(owed).collect();
+        if owed.is_empty() {
+            self.end(End::Completed);
+        } else if !owed.iter().any(|step| self.moves(*step)) {
+            self.instance.going = Going::Held;
+            self.commands.push(Command::Stuck);
+        }
+    }
+
+    /// What is late is waited for, but not for ever.
+    fn have_patience(&mut self) {
+        for (step, defined) in self.definition.steps.iter().enumerate() {
+            let state = &mut self.instance.steps[step];
+            let waited_for = match state.place {
+                Place::Late => true,
+                Place::Done => state.open != 0 && self.instance.going == Going::Back,
+                _ => false,
+            };
+            if waited_for && state.grace == Grace::Unset {
+                state.grace = Grace::Set;
+                let (direction, attempt, wait) = (Direction::Do, 1, Wait::Grace);
+                self.commands.push(Command::Wake { step, direction, attempt, after: defined.timeout, wait });
+            }
         }
     }
 
@@ -428,7 +583,8 @@ impl Turn<'_> {
             let defined = &self.definition.steps[step];
             rests_behind[step] = defined.before.iter().all(|behind| rests_behind[*behind] && self.rests(*behind));
             let answered = self.instance.steps[step].open == 0;
-            if self.at(step) == Place::Done && answered && defined.undo.is_some() && rests_behind[step] {
+            let is_there = matches!(self.at(step), Place::Done | Place::Unknown);
+            if is_there && answered && defined.undo.is_some() && rests_behind[step] {
                 self.ask(step, Direction::Undo, 1);
             }
         }
@@ -449,8 +605,8 @@ impl Turn<'_> {
     fn is_settled(&self, step: usize) -> bool {
         match self.at(step) {
             Place::Done | Place::Skipped => true,
-            Place::Failed | Place::Late => self.definition.steps[step].optional,
-            _ => false,
+            Place::Waiting | Place::Running { .. } | Place::Pausing { .. } => false,
+            _ => self.definition.steps[step].optional,
         }
     }
 
@@ -459,15 +615,17 @@ impl Turn<'_> {
         match self.at(step) {
             Place::Waiting | Place::Skipped | Place::Failed | Place::Undone | Place::Abandoned => true,
             Place::Done => self.definition.steps[step].undo.is_none() && self.instance.steps[step].open == 0,
+            Place::Unknown => self.definition.steps[step].undo.is_none() && !self.is_open(step),
             _ => false,
         }
     }
 
-    /// Whether, on the way back, something will come of it without a person.
+    /// Whether something will come of it without a person, where it does not rest.
     fn moves(&self, step: usize) -> bool {
-        match self.at(step) {
-            Place::Running { .. } | Place::Late | Place::Undoing { .. } | Place::UndoPausing { .. } => true,
-            Place::Done => self.instance.steps[step].open != 0,
+        let state = &self.instance.steps[step];
+        match state.place {
+            Place::Running { .. } | Place::Undoing { .. } | Place::UndoPausing { .. } => true,
+            Place::Late | Place::Done => state.open != 0 && !state.is_overdue(),
             _ => false,
         }
     }

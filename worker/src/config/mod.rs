@@ -1,6 +1,7 @@
 //! What the file says, `WARREN_CONFIG` or `WARREN_ROUTES`: which event goes to which handler, under which law.
 //!
 //! A new top-level field is a field of [`File`], a line in `parse` and a file here that reads it from its `read::Node`.
+mod circles;
 mod processes;
 mod read;
 mod routes;
@@ -93,9 +94,11 @@ fn parse(origin: &str, text: &str, settings: &Settings) -> Result<File, Vec<Stri
         if let Some(node) = table.take("routes") {
             file.routes = Routes::read(node, settings, &mistakes);
         }
+        let mut lines = Vec::new();
         if let Some(node) = table.take("processes") {
-            file.processes = processes::read(node, &mut file.routes, settings, &mistakes);
+            (file.processes, lines) = processes::read(node, &mut file.routes, settings, &mistakes);
         }
+        circles::find(&file.routes, &file.processes, &lines, &mistakes);
         table.finish();
     }
     let mistakes = mistakes.list(origin);

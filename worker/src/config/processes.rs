@@ -10,9 +10,9 @@ use warren_shared::pattern::Pattern;
 use warren_shared::process::Draft;
 use warren_shared::process::wire::OWN;
 
-/// Reads the list, and adds the routes that it needs.
-pub(super) fn read(list: Node, routes: &mut Routes, settings: &Settings, mistakes: &Mistakes) -> Plans {
-    let mut plans = Plans::new();
+/// Reads the list, with the line of each, and adds the routes that it needs.
+pub(super) fn read(list: Node, routes: &mut Routes, settings: &Settings, mistakes: &Mistakes) -> (Plans, Vec<u64>) {
+    let (mut plans, mut lines) = (Plans::new(), Vec::new());
     for (i, node) in list.list("'processes'", mistakes).into_iter().enumerate() {
         let what = node.peek("name").map_or_else(|| format!("process {}", i + 1), |name| format!("process '{name}'"));
         let Some(mut table) = Table::of(node, what, mistakes) else { continue };
@@ -28,10 +28,11 @@ pub(super) fn read(list: Node, routes: &mut Routes, settings: &Settings, mistake
                 |problem: String| mistakes.note(on, format!("process '{}': {problem}", plan.definition.name));
             add(&plan, routes, settings, conflict);
             plans.push(Arc::new(plan));
+            lines.push(on);
         }
         table.finish();
     }
-    plans
+    (plans, lines)
 }
 
 fn process(table: &mut Table<'_>, mistakes: &Mistakes) -> Option<Plan> {
@@ -77,10 +78,12 @@ fn draft(name: String, table: &mut Table<'_>) -> (Draft, bool) {
     let action = table.need::<String>("do", "the type of the event that asks for it");
     let (has_retry, retry) = (table.has("retry"), policy(table));
     let whole = action.is_some();
+    let (undo, undo_with) = undo(table);
     let draft = Draft {
         name,
         action: action.unwrap_or_else(|| "unknown".into()),
-        undo: table.get("undo", "the type of the event that takes it back"),
+        undo,
+        undo_with,
         after: table.get("after", "a list of steps").unwrap_or_default(),
         timeout: table.time("timeout"),
         retry: has_retry.then_some(retry),
@@ -90,6 +93,20 @@ fn draft(name: String, table: &mut Table<'_>) -> (Draft, bool) {
         last: table.get("final", "true or false").unwrap_or(false),
     };
     (draft, whole)
+}
+
+/// The type of the event that takes a step back, alone or with what makes its data: `undo: {do: payment.refund, with: …}`.
+fn undo(table: &mut Table<'_>) -> (Option<String>, Option<String>) {
+    if !table.is_table("undo") {
+        return (table.get("undo", "the type of the event that takes it back"), None);
+    }
+    let Some(mut inner) = table.table("undo") else { return (None, None) };
+    let both = (
+        inner.need::<String>("do", "the type of the event that takes it back"),
+        inner.get("with", "an expression in jq"),
+    );
+    inner.finish();
+    both
 }
 
 /// Adds the routes of a process: what starts it, what answers its steps, and what it tells itself.
@@ -104,6 +121,9 @@ fn add(plan: &Plan, routes: &mut Routes, settings: &Settings, conflict: impl Fn(
                 conflict(format!("another process begins on '{on}' or waits for it: an event has one taker"));
             }
             Some(false) => conflict(format!("a route takes '{on}', too: an event has one taker")),
+            None if let Some(other) = routes.rival(&on).and_then(|place| routes.get(place)) => {
+                conflict(format!("'{}' {}", other.on, Routes::cure(&on, &other.on)));
+            }
             None => routes.push(Route::new(on, Kind::Process, TIMEOUT, law(settings))),
         }
     }
@@ -200,6 +220,48 @@ processes:
                 found.iter().any(|found| found.starts_with(&format!("WARREN_ROUTES:{wanted}"))),
                 "{wanted} is not in {found:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn an_undo_has_data_of_its_own() {
+        let with = |undo: &str| read(&ORDER.replacen("undo: payment.refund", undo, 1));
+        let file = with("undo: {do: payment.refund, with: '{id: .results.charge.id}'}").expect("valid");
+        let charge = &file.processes[0].definition.steps[1];
+        assert_eq!(charge.undo.as_deref(), Some("payment.refund"));
+        let again = Plan::read(&file.processes[0].state()).expect("valid");
+        assert_eq!(again.id, file.processes[0].id);
+        assert_ne!(again.id, with("undo: payment.refund").expect("valid").processes[0].id);
+        for (undo, wanted) in [
+            ("undo: {do: payment.refund, with: '.a |'}", "'undo.with': "),
+            ("undo: {with: '.a'}", "'undo.do' is missing"),
+            ("undo: {do: payment.refund, wiht: '.a'}", "'undo.wiht' is unknown"),
+            ("undo: {do: payment.refund.done}", "'undo': 'payment.refund.done' ends as an answer does"),
+            ("undo: [payment.refund]", "'undo' is not the type"),
+        ] {
+            let found = with(undo).expect_err(undo);
+            assert!(found.iter().any(|found| found.contains(wanted)), "{wanted} is not in {found:#?}");
+        }
+    }
+
+    #[test]
+    fn patterns_of_which_neither_is_more_specific_have_no_taker_in_common() {
+        for route in ["*.placed", "order.*"] {
+            let on = if route == "*.placed" { "order.*" } else { "*.placed" };
+            let text = ORDER.replacen("on: order.placed", &format!("on: '{on}'"), 1).replacen(
+                "name: order",
+                "name: purchase",
+                1,
+            );
+            let found = read(&format!("routes:\n  - {{on: '{route}', log: {{}}}}\n{}", text.trim_start()));
+            let found = found.map(|_| ()).expect_err("two takers");
+            assert!(
+                found[0].contains(&format!("process 'purchase': '{route}' takes some types of this one as well")),
+                "{found:?}"
+            );
+            let other = "  - {name: other, on: 'X', steps: {a: {do: o.a, final: true}}}\n".replace('X', route);
+            let found = read(&format!("{}{other}", text.trim_start())).map(|_| ()).expect_err("two takers");
+            assert!(found.iter().any(|found| found.contains("process 'other': '")), "{found:?}");
         }
     }
 

@@ -211,6 +211,12 @@ impl<'m> Table<'m> {
         self.fields.iter().any(|field| field.name == name)
     }
 
+    /// Whether a field is a table itself.
+    pub(super) fn is_table(&self, name: &str) -> bool {
+        let value = self.fields.iter().find(|field| field.name == name).and_then(|field| field.value.as_ref());
+        value.is_some_and(|node| matches!(node.value, Value::Table(_)))
+    }
+
     /// Takes a field that has to be there, as a type.
     pub(super) fn need<T: DeserializeOwned>(&mut self, name: &'static str, what: &str) -> Option<T> {
         if !self.has(name) {

@@ -25,6 +25,8 @@ pub struct Route {
     pub timeout: Duration,
     /// What bounds a delivery's life.
     pub law: Law,
+    /// Where it stands in the file; 0 where it does not.
+    pub(crate) line: u64,
     /// So many calls of it run at once, at most.
     pub concurrency: Option<usize>,
     /// Which of the events are handled.
@@ -178,7 +180,7 @@ impl Route {
     /// A route that takes every event of its pattern as it comes, as many at once as there are places.
     #[must_use]
     pub fn new(on: Pattern, kind: Kind, timeout: Duration, law: Law) -> Self {
-        Self { on, kind, timeout, law, concurrency: None, condition: None, transform: None }
+        Self { on, kind, timeout, law, line: 0, concurrency: None, condition: None, transform: None }
     }
 
     fn read(table: &mut Table<'_>, settings: &Settings) -> Option<Self> {
@@ -193,7 +195,8 @@ impl Route {
         }
         let (condition, transform) = (program(table, "where"), program(table, "transform"));
         let concurrency = table.number("concurrency", 1..=65_535).map(|n| n as usize);
-        Some(Self { on: on?, kind: kind?, timeout, law, concurrency, condition, transform })
+        let line = table.line("on");
+        Some(Self { on: on?, kind: kind?, timeout, law, line, concurrency, condition, transform })
     }
 }
 

@@ -281,9 +281,9 @@ impl Slot {
                 continue;
             }
             self.longest = self.longest.max(asked.call.context.limits.body.saturating_add(AROUND));
-            let before = out.lines().len();
-            match catch_unwind(AssertUnwindSafe(|| line::write(&asked.call, out.lines()))) {
-                Ok(()) => self.held.push(asked.call.event.identity(), asked),
+            let (before, identity) = (out.lines().len(), asked.call.event.identity());
+            match catch_unwind(AssertUnwindSafe(|| line::write(&asked.call, &identity, out.lines()))) {
+                Ok(()) => self.held.push(identity, asked),
                 Err(panic) => {
                     out.lines().truncate(before);
                     asked.tell(panicked(&*panic));

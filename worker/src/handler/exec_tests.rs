@@ -25,8 +25,14 @@ fn python(processes: usize, program: &str) -> Exec {
 
 fn call_with(id: &str, data: &str, timeout: Duration) -> Call {
     let event = Event::new(id, "/tests", "thing.done").and_then(|e| e.with_json(data.as_bytes(), Default::default()));
-    let context =
-        Context { attempt: 1, timeout, partition: "p00".into(), pool: "tests".into(), limits: Default::default() };
+    let context = Context {
+        attempt: 1,
+        timeout,
+        partition: "p00".into(),
+        pool: "tests".into(),
+        limits: Default::default(),
+        ..Default::default()
+    };
     Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
 }
 
@@ -42,8 +48,8 @@ async fn all(exec: &Exec, ids: &[&str]) -> Vec<String> {
 fn word(outcome: Outcome) -> String {
     match outcome {
         Outcome::Done(_) => "done".into(),
-        Outcome::Retry { error, .. } => format!("retry: {error}"),
-        Outcome::Dead { error } => format!("dead: {error}"),
+        Outcome::Retry { error, .. } | Outcome::NotNow { error, .. } => format!("retry: {error}"),
+        Outcome::Dead { error } | Outcome::Unclear { error } => format!("dead: {error}"),
         Outcome::Interrupted => "interrupted".into(),
         Outcome::Recorded { .. } => "recorded".into(),
         Outcome::Needs(_) => "needs".into(),

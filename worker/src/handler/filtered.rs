@@ -95,8 +95,14 @@ mod tests {
     fn call(event: Event) -> Call {
         let entry = Entry { seen: None, started: None, partition: "p".into() };
         let timeout = Duration::from_secs(1);
-        let context =
-            Context { attempt: 1, timeout, partition: "p00".into(), pool: "orders".into(), limits: Size::default() };
+        let context = Context {
+            attempt: 1,
+            timeout,
+            partition: "p00".into(),
+            pool: "orders".into(),
+            limits: Size::default(),
+            ..Default::default()
+        };
         Call { event, context, entry, kept: None }
     }
 

@@ -202,6 +202,7 @@ impl Gathering {
             status: status.into(),
             key: record.name.clone(),
             ended: record.group.closed().is_some(),
+            due: None,
             body: serde_json::to_vec(record)?,
         };
         Ok(Change { id, found: kept.map_or(0, |kept| kept.version), state })
@@ -220,7 +221,14 @@ mod tests {
             .iter()
             .fold(event.expect("valid"), |event, (name, value)| event.with(name, value.clone()).expect("an attribute"));
         let (timeout, limits) = (Duration::from_secs(5), Default::default());
-        let context = Context { attempt: 1, timeout, partition: "p00".into(), pool: "orders".into(), limits };
+        let context = Context {
+            attempt: 1,
+            timeout,
+            partition: "p00".into(),
+            pool: "orders".into(),
+            limits,
+            ..Context::default()
+        };
         Call { event, context, entry: Entry::default(), kept: None }
     }
 

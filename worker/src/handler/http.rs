@@ -26,9 +26,9 @@ use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 use url::Url;
-use uuid::Uuid;
 use warren_shared::event::{Data, Event, Unreadable, Value};
 use warren_shared::json::without_bom;
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::retry::LONGEST;
 
 /// Statuses that are tried again where a route does not say which: 409 is what a service answers whose first attempt with this
@@ -134,16 +134,18 @@ impl Handler for Http {
         Box::pin(async move {
             let (timeout, endpoint) = (call.context.timeout, &called.endpoint);
             loop {
-                let error = match tokio::time::timeout(timeout, called.ask(&call)).await {
+                let (error, is_reached) = match tokio::time::timeout(timeout, called.ask(&call)).await {
                     Ok(Ok(outcome)) => return outcome,
                     Ok(Err(Broken::Here(trouble))) => {
                         local::wait_for_it_to_pass(&format!("POST {endpoint}"), &trouble).await;
                         continue;
                     }
-                    Ok(Err(Broken::There(error))) => error,
-                    Err(_) => format!("no answer within {timeout:?}"),
+                    Ok(Err(Broken::There(error))) => (error, true),
+                    Ok(Err(Broken::Away(error))) => (error, false),
+                    Err(_) => (format!("no answer within {timeout:?}"), true),
                 };
-                return Outcome::Retry { error: format!("POST {endpoint}: {error}"), after: None };
+                let (error, after) = (format!("POST {endpoint}: {error}"), None);
+                return if is_reached { Outcome::Retry { error, after } } else { Outcome::NotNow { error, after } };
             }
         })
     }
@@ -173,8 +175,9 @@ impl Called {
             None => Err(format!("it has more than {} bytes", call.context.limits.body)),
         };
         // As with a program: whoever answers wrongly does it again.
-        let wrong =
-            |error| Outcome::Dead { error: format!("POST {}: the service's answer is wrong: {error}", self.endpoint) };
+        let wrong = |error| Outcome::Unclear {
+            error: format!("POST {}: the service's answer is wrong: {error}", self.endpoint),
+        };
         Ok(reply.map_or_else(wrong, Outcome::Done))
     }
 
@@ -183,15 +186,17 @@ impl Called {
         let reason = status.canonical_reason().unwrap_or("a status without a name");
         let error = format!("POST {}: {} {reason}", self.endpoint, status.as_u16());
         match status.as_u16() {
-            408 | 425 | 429 | 500..=599 => Outcome::Retry { error, after: after(head) },
+            425 | 429 => Outcome::NotNow { error, after: after(head) },
+            408 | 500..=599 => Outcome::Retry { error, after: after(head) },
             code if self.retry_on.contains(&code) => Outcome::Retry { error, after: after(head) },
             // Who says when to come again does not mean "never".
             400..=499 if head.contains_key(RETRY_AFTER) => Outcome::Retry { error, after: after(head) },
             300..=399 => {
                 let cure = "redirects are not followed, name the final address in 'http'";
-                Outcome::Dead { error: format!("{error}: {cure}") }
+                Outcome::Unclear { error: format!("{error}: {cure}") }
             }
-            _ => Outcome::Dead { error },
+            400..=499 => Outcome::Dead { error },
+            _ => Outcome::Unclear { error },
         }
     }
 }
@@ -229,7 +234,7 @@ fn head(call: &Call) -> HeaderMap {
     head.insert(ACCEPT, HeaderValue::from_static("*/*"));
     head.insert(USER_AGENT, HeaderValue::from_static(concat!("warren/", env!("CARGO_PKG_VERSION"))));
     head.insert("warren-attempt", call.context.attempt.into());
-    let key = Uuid::from_bytes(*event.identity().as_bytes()).to_string();
+    let key = idempotency_key(event, &event.identity()).to_string();
     head.insert("idempotency-key", HeaderValue::try_from(key).expect("a UUID is ASCII"));
     head
 }

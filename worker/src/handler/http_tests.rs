@@ -19,13 +19,8 @@ fn http(service: &Service) -> Http {
 }
 
 fn call(id: &str) -> Call {
-    let context = Context {
-        attempt: 1,
-        timeout: MINUTE,
-        partition: "p00".into(),
-        pool: "tests".into(),
-        limits: Default::default(),
-    };
+    let context =
+        Context { attempt: 1, timeout: MINUTE, partition: "p00".into(), pool: "tests".into(), ..Default::default() };
     let event = Event::new(id, "/tests", "thing.done").and_then(|e| e.with_json(b"{\"a\": 1}", Default::default()));
     Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
 }
@@ -38,11 +33,11 @@ fn word(outcome: Outcome) -> String {
             let result = result.as_ref().map_or("null", |json| json.get());
             format!("done {result} {}", kinds.join(" ")).trim_end().to_owned()
         }
-        Outcome::Retry { error, after } => {
+        Outcome::Retry { error, after } | Outcome::NotNow { error, after } => {
             let after = after.map_or_else(String::new, |after| format!(" after {}", after.as_secs()));
             format!("retry{after}: {error}")
         }
-        Outcome::Dead { error } => format!("dead: {error}"),
+        Outcome::Dead { error } | Outcome::Unclear { error } => format!("dead: {error}"),
         other => panic!("{other:?}"),
     }
 }
@@ -708,4 +703,35 @@ async fn a_service_is_trusted_only_with_a_certificate_that_is() {
     let endpoint = Endpoint::parse(&format!("https://{}/hook", plain.address)).expect("a URL");
     let plain = said(Http::trusting(roots, endpoint)).await;
     assert!(plain.starts_with("retry: ") && plain.contains("cannot connect: "), "{plain}");
+}
+
+#[tokio::test]
+async fn only_a_4xx_and_a_service_that_is_not_there_are_certain_to_have_done_nothing() {
+    for (status, certain) in [(425, true), (429, true), (408, false), (500, false), (503, false)] {
+        match http(&Service::saying(response(status, &[], b"")).await).handle(call("1")).await {
+            Outcome::NotNow { .. } => assert!(certain, "{status}"),
+            Outcome::Retry { .. } => assert!(!certain, "{status}"),
+            other => panic!("{status}: {other:?}"),
+        }
+    }
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.and_then(|listener| listener.local_addr());
+    let away = Http::new(endpoint(nobody.expect("an address"))).handle(call("1")).await;
+    assert!(matches!(away, Outcome::NotNow { .. }), "{away:?}");
+    for (status, body, certain) in [
+        (400, &b"no"[..], true),
+        (422, b"", true),
+        (499, b"", true),
+        (302, b"", false),
+        (399, b"", false),
+        (200, b"{\"paid\": ", false),
+        (201, b"nonsense", false),
+        (200, b"{\"a\":1,\"a\":2}", false),
+    ] {
+        let service = Service::saying(response(status, &[("content-type", "application/json")], body)).await;
+        match http(&service).handle(call("1")).await {
+            Outcome::Dead { .. } => assert!(certain, "{status}"),
+            Outcome::Unclear { .. } => assert!(!certain, "{status}"),
+            other => panic!("{status}: {other:?}"),
+        }
+    }
 }

@@ -5,20 +5,25 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::time::Duration;
 use warren_shared::json::{glimpse, without_bom};
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::{Event, Identity, env};
 
 /// A program's words are cut here: a dead letter's header takes no more.
 const ERROR_LIMIT: usize = 1024;
 
 /// Appends the line that hands an event over.
-pub(super) fn write(call: &Call, out: &mut Vec<u8>) {
+pub(super) fn write(call: &Call, identity: &Identity, out: &mut Vec<u8>) {
     use std::io::Write;
     let now = jiff::Timestamp::now();
     let deadline = now.checked_add(call.context.timeout).unwrap_or(jiff::Timestamp::MAX);
     let (event, attempt) = (call.event.to_json(), call.context.attempt);
     let event = one_line(&event);
-    writeln!(out, "{{\"event\":{event},\"attempt\":{attempt},\"deadline\":\"{deadline:.3}\"}}")
-        .expect("a vector takes all that is written");
+    let key = idempotency_key(&call.event, identity);
+    writeln!(
+        out,
+        "{{\"event\":{event},\"attempt\":{attempt},\"idempotency_key\":\"{key}\",\"deadline\":\"{deadline:.3}\"}}"
+    )
+    .expect("a vector takes all that is written");
 }
 
 /// JSON without what some readers take for the end of a line: JSON lets these stand in a string as they are.
@@ -121,7 +126,7 @@ impl<'a> Answer<'a> {
     /// the program does not speak the protocol.
     pub(super) fn outcome(self, call: &Call) -> Outcome {
         let outcome = self.said.and_then(|said| said.outcome(call));
-        outcome.unwrap_or_else(|error| Outcome::Dead { error: format!("the program's answer is wrong: {error}") })
+        outcome.unwrap_or_else(|error| Outcome::Unclear { error: format!("the program's answer is wrong: {error}") })
     }
 }
 
@@ -189,8 +194,7 @@ mod tests {
     fn call() -> Call {
         let event = Event::new("ü\"1", "/s", "a.b").and_then(|e| e.with_json(b"{\"n\":\n1}", Default::default()));
         let timeout = Duration::from_secs(5);
-        let context =
-            Context { attempt: 3, timeout, partition: "p00".into(), pool: "p".into(), limits: Default::default() };
+        let context = Context { attempt: 3, timeout, partition: "p00".into(), pool: "p".into(), ..Default::default() };
         Call { event: event.expect("valid"), context, entry: Default::default(), kept: None }
     }
 
@@ -203,7 +207,8 @@ mod tests {
 
     fn is_dead(rest: &str, wanted: &str) {
         match outcome(rest) {
-            Outcome::Dead { error } => assert!(error.contains(wanted), "{rest}: {error}"),
+            // What it means nobody can tell: it may have been done.
+            Outcome::Unclear { error } => assert!(error.contains(wanted), "{rest}: {error}"),
             other => panic!("{rest}: {other:?}"),
         }
     }
@@ -211,11 +216,12 @@ mod tests {
     #[test]
     fn an_event_is_one_line_with_attempt_and_deadline() {
         let mut out = Vec::new();
-        write(&call(), &mut out);
+        write(&call(), &call().event.identity(), &mut out);
         let text = String::from_utf8(out).expect("UTF-8");
         assert_eq!(text.matches('\n').count(), 1, "{text}");
         let line: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!((&line["event"]["id"], &line["attempt"]), (&"ü\"1".into(), &3.into()));
+        assert_eq!(line["idempotency_key"], format!("{:?}", call().event.identity()));
         assert!(
             line["deadline"].as_str().expect("text").parse::<jiff::Timestamp>().expect("a time")
                 > jiff::Timestamp::now()
@@ -324,7 +330,7 @@ mod tests {
             let answer = Answer::read(line).unwrap_or_else(|_| panic!("{shown} names an event"));
             assert_eq!(answer.named, named, "{shown}");
             match answer.outcome(&call()) {
-                Outcome::Dead { error } => {
+                Outcome::Unclear { error } => {
                     assert!(
                         error.starts_with("the program's answer is wrong: ") && error.contains(wrong),
                         "{shown}: {error}"
@@ -358,7 +364,7 @@ mod tests {
         call.event = call.event.with("note", "a\u{2028}b".into()).expect("an extension");
         call.event = call.event.with_json(data.as_bytes(), Default::default()).expect("JSON");
         let mut out = Vec::new();
-        write(&call, &mut out);
+        write(&call, &call.event.identity(), &mut out);
         let text = String::from_utf8(out).expect("UTF-8");
         let end = text.find(['\n', '\r', '\u{b}', '\u{c}', '\u{85}', '\u{2028}', '\u{2029}']);
         assert_eq!(end, Some(text.len() - 1), "{text}");

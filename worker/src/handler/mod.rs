@@ -51,7 +51,7 @@ pub struct Call {
 }
 
 /// What surrounds a call.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Context {
     /// The attempt that this call is, counted from 1.
     pub attempt: u32,
@@ -63,6 +63,11 @@ pub struct Context {
     pub pool: Arc<str>,
     /// How large results and emitted events may be.
     pub limits: Limits,
+    /// What repeats of the same work are told by. The event's own, but for a step of a process: there all attempts at the step
+    /// of an instance have one, and all attempts to take it back another.
+    pub idempotency_key: Uuid,
+    /// How many events caused one another until this one.
+    pub(crate) hops: u32,
 }
 
 /// What a handler did.
@@ -77,8 +82,20 @@ pub enum Outcome {
         /// Not before so long.
         after: Option<Duration>,
     },
-    /// It failed; trying again cannot help.
+    /// It did not begin: nothing was done, and trying again may help.
+    NotNow {
+        /// Why.
+        error: String,
+        /// Not before so long.
+        after: Option<Duration>,
+    },
+    /// It refused: nothing was done, and trying again cannot help.
     Dead {
+        /// Why.
+        error: String,
+    },
+    /// It failed, trying again cannot help, and nobody can tell whether it was done: its answer cannot be understood.
+    Unclear {
         /// Why.
         error: String,
     },
@@ -112,6 +129,8 @@ pub struct Reply {
     pub(crate) filtered: bool,
     /// What becomes of the state that the call was given.
     pub(crate) change: Option<Change>,
+    /// How many events caused one another until those of this reply; else one more than until the call's.
+    pub(crate) hops: Option<u32>,
 }
 
 impl Reply {

@@ -77,7 +77,7 @@ impl Inner {
             (Role::Starts, Some(_)) => return Ok(Outcome::Done(Reply::done())),
             (_, None) => {
                 let plan = self.started_by(&call.event).ok_or("nothing begins with it")?;
-                let record = Record::new(&plan, &call.event);
+                let record = Record::new(&plan, &call.event, call.context.hops);
                 (plan, record)
             }
             (_, Some(kept)) => {
@@ -161,7 +161,8 @@ fn decide(
         return Ok(Reply::done());
     }
     let change = record.change(name, kept)?;
-    Ok(Reply { emit: turn.emit, later: turn.later.into_iter().collect(), change: Some(change), ..Reply::default() })
+    let later = turn.later.into_iter().collect();
+    Ok(Reply { emit: turn.emit, later, change: Some(change), hops: Some(record.hops()), ..Reply::default() })
 }
 
 /// What an answer means; its result is kept.
@@ -181,10 +182,10 @@ fn answered(record: &mut Record, event: &Event, asked: &Try, plan: &Plan, now: i
         record.answered(name, direction, Ok(wire::result(event)));
         return Ok(Fact::Done { step, direction, attempt });
     }
-    let failed: Failed = event.json().map_err(|error| format!("its data says not why it failed: {error}"))?;
+    let failed = Failed::of(event);
     let error: String = failed.error.chars().take(200).collect();
     record.note(now, format!("{asked} failed: {}: {error}", failed.reason));
-    let permanent = failed.reason == "permanent";
+    let (permanent, certain) = (failed.reason == "permanent", failed.is_certain());
     record.answered(name, direction, Err(failed));
-    Ok(Fact::Failed { step, direction, attempt, permanent })
+    Ok(Fact::Failed { step, direction, attempt, permanent, certain })
 }

@@ -83,7 +83,7 @@ pub(super) async fn ended(call: &Call, work: impl Future<Output = Result<Reply, 
     match tokio::time::timeout(timeout, AssertUnwindSafe(work).catch_unwind()).await {
         Ok(Ok(Ok(reply))) => match call.held_to(reply) {
             Ok(reply) => Outcome::Done(reply),
-            Err(error) => Outcome::Dead { error: format!("the handler's reply is wrong: {error}") },
+            Err(error) => Outcome::Unclear { error: format!("the handler's reply is wrong: {error}") },
         },
         Ok(Ok(Err(Failure { error, kind: Kind::Retry(after) }))) => Outcome::Retry { error, after },
         Ok(Ok(Err(Failure { error, kind: Kind::Dead }))) => Outcome::Dead { error },
@@ -104,8 +104,14 @@ mod tests {
     {
         let event = Event::new("1", "/tests", "a.b").expect("valid");
         let timeout = Duration::from_millis(50);
-        let context =
-            Context { attempt: 1, timeout, partition: "p00".into(), pool: "p".into(), limits: Limits::default() };
+        let context = Context {
+            attempt: 1,
+            timeout,
+            partition: "p00".into(),
+            pool: "p".into(),
+            limits: Limits::default(),
+            ..Default::default()
+        };
         Rust::new(function).handle(Call { event, context, entry: Default::default(), kept: None }).await
     }
 

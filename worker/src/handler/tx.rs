@@ -64,6 +64,7 @@ impl Handler for Running {
             loop {
                 let (event, context, timeout) = (call.event.clone(), call.context.clone(), call.context.timeout);
                 let (cause, pool, limits) = (event.clone(), context.pool.clone(), context.limits);
+                let hops = context.hops;
                 // The result stays beside the transaction, which knows only what it sends.
                 let mut result = None;
                 let work = async |tx: Tx| {
@@ -71,7 +72,8 @@ impl Handler for Running {
                     match ended(&call, async move { function(event, tx, context).await }).await {
                         Outcome::Done(reply) => {
                             let answer = answer(&cause, Ok(reply.result.as_ref()), &pool, limits);
-                            let out = reply.emit.iter().chain(&answer).map(outgoing).collect();
+                            let after = |event: &Event| outgoing(event).after_hops(hops + 1);
+                            let out = reply.emit.iter().chain(&answer).map(after).collect();
                             result = reply.result;
                             Ok(out)
                         }

@@ -12,7 +12,9 @@ use metrics::Histogram;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
 use warren_shared::delivery::{Action, Fact, State};
+use warren_shared::process::wire::idempotency_key;
 use warren_shared::retry::Failure;
 
 /// Handlers that end at once may share a task for so long.
@@ -89,7 +91,14 @@ impl Pipeline {
             return;
         };
         let partition = job.ticket.place().queue.clone();
-        let context = Context { attempt: run.attempt, timeout: route.timeout, partition, ..self.parts.context.clone() };
+        let context = Context {
+            attempt: run.attempt,
+            timeout: route.timeout,
+            partition,
+            idempotency_key: job.identity().map_or_else(Uuid::nil, |identity| idempotency_key(&event, identity)),
+            hops: job.hops,
+            ..self.parts.context.clone()
+        };
         let (event, span) = trace::begin(event, &context);
         let kept = job.kept.clone();
         let call = Call { event, context, entry: job.entry(), kept };
@@ -134,11 +143,19 @@ impl Pipeline {
                 return self.enqueue(Station::Load, id);
             }
             handler::Outcome::Retry { error, after } => {
+                (job.error, job.untouched) = (error, false);
+                failed(Failure::Transient { after })
+            }
+            handler::Outcome::NotNow { error, after } => {
                 job.error = error;
                 failed(Failure::Transient { after })
             }
             handler::Outcome::Dead { error } => {
                 job.error = error;
+                failed(Failure::Permanent)
+            }
+            handler::Outcome::Unclear { error } => {
+                (job.error, job.untouched, job.unclear) = (error, false, true);
                 failed(Failure::Permanent)
             }
             handler::Outcome::Interrupted => Fact::Interrupted,
@@ -270,7 +287,7 @@ mod tests {
 
     fn context() -> Context {
         let (partition, pool, limits) = ("p00".into(), "tests".into(), Default::default());
-        Context { attempt: 1, timeout: BRIEF, partition, pool, limits }
+        Context { attempt: 1, timeout: BRIEF, partition, pool, limits, ..Context::default() }
     }
 
     fn event() -> warren_shared::Event {

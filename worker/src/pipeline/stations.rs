@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use warren_publisher::publish::Outcome as Published;
+use warren_publisher::{Publisher, Refused};
 use warren_shared::delivery::{self, Action, Fact, State};
 use warren_shared::{Event, Identity, Message};
 
@@ -83,6 +84,8 @@ impl Pipeline {
         let attempt = job.attempt();
         let fact = if !job.ticket.may_begin() {
             Fact::Gone
+        } else if job.hops > self.parts.house.hop_limit {
+            Fact::Looped
         } else if job.route().is_none() {
             Fact::Unrouted
         } else if job.redelivered {
@@ -466,11 +469,15 @@ impl Pipeline {
                 let copy = |id: Id| Some((id, self.jobs.get(&id)?.copy(&self.parts.house, now)?));
                 let (ids, copies): (Vec<Id>, Vec<Message>) = ids.into_iter().filter_map(copy).unzip();
                 self.publishing += ids.len();
+                let unread = |(n, id): (usize, &Id)| Some((n, self.jobs.get(id)?.unread(&self.parts.house)?));
+                let answers: Vec<(usize, Message)> = ids.iter().enumerate().filter_map(unread).collect();
                 let (publisher, tell) = (self.parts.publisher.clone(), self.tell.clone());
                 tokio::spawn(async move {
+                    let mut refused = answer(&publisher, answers).await;
                     let mut outcomes = publisher.submit(copies).await;
                     while let Some(known) = outcomes.next().await {
-                        let known = known.into_iter().map(|(place, outcome)| (ids[place], outcome)).collect();
+                        let outcome = |(place, outcome)| (ids[place], refused.remove(&place).map_or(outcome, Err));
+                        let known = known.into_iter().map(outcome).collect();
                         let _ = tell.send(News::Published(known));
                     }
                 });
@@ -497,6 +504,21 @@ impl Pipeline {
         let route = job.route().and_then(|route| self.parts.routes.get(route));
         route.map(|route| route.on.to_string()).unwrap_or_default()
     }
+}
+
+/// Answers processes; returns which answers the broker did not take now: what they answer must not be acked. What it never takes
+/// holds up nothing: the process calls a person.
+async fn answer(publisher: &Publisher, answers: Vec<(usize, Message)>) -> BTreeMap<usize, Refused> {
+    if answers.is_empty() {
+        return BTreeMap::new();
+    }
+    let (places, messages): (Vec<usize>, Vec<Message>) = answers.into_iter().unzip();
+    let outcomes = publisher.publish_all(messages).await;
+    let refused = |(n, outcome): (usize, Published)| match outcome {
+        Err(refused @ (Refused::Rejected | Refused::Unknown)) => Some((n, refused)),
+        Ok(_) | Err(_) => None,
+    };
+    places.into_iter().zip(outcomes).filter_map(refused).collect()
 }
 
 /// What a record means for its event; the rows of the outbox that it made are added to those to relay.

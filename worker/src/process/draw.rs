@@ -70,7 +70,7 @@ fn color(place: Place) -> &'static str {
         Place::Done => "#c8e6c9",
         Place::Undoing { .. } | Place::UndoPausing { .. } => "#ffe0b2",
         Place::Undone | Place::Abandoned => "#cfd8dc",
-        Place::Failed | Place::Stuck { .. } => "#ffcdd2",
+        Place::Failed | Place::Unknown | Place::Stuck { .. } => "#ffcdd2",
     }
 }
 

@@ -123,6 +123,7 @@ impl Shown {
         let steps = self.plan.definition.steps.iter().zip(&self.record.instance.steps);
         let steps = steps.map(|(step, state)| (step.name.clone(), word(state.place).into()));
         json["steps"] = serde_json::Value::Object(steps.collect());
+        json["failures"] = serde_json::to_value(self.record.failures()).unwrap_or_default();
         let entry = |entry: &super::record::Entry| serde_json::json!({"at": time(entry.at), "what": entry.what});
         json["history"] = self.record.history.iter().map(entry).collect();
         json
@@ -162,7 +163,11 @@ impl Shown {
     pub(crate) async fn order(&self, order: Order, settings: &Settings, topology: &Topology) -> anyhow::Result<()> {
         let going = self.record.instance.going;
         match order {
-            Order::Resume => ensure!(going == Going::Stuck, "it is {}: only what is stuck is resumed", self.status),
+            Order::Resume => ensure!(
+                matches!(going, Going::Stuck | Going::Held),
+                "it is {}: only what is stuck is resumed",
+                self.status
+            ),
             Order::Cancel => {
                 ensure!(!matches!(going, Going::Ended(_)), "it is {}: nothing is left to cancel", self.status)
             }
@@ -199,6 +204,7 @@ pub(super) fn word(place: Place) -> &'static str {
         Place::Late => "late",
         Place::Done => "done",
         Place::Failed => "failed",
+        Place::Unknown => "unknown",
         Place::Undoing { .. } => "undoing",
         Place::UndoPausing { .. } => "undo pausing",
         Place::Undone => "undone",

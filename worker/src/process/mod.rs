@@ -5,16 +5,19 @@
 mod draw;
 mod instances;
 mod record;
+mod watch;
 
 pub(crate) use draw::{Style, draw};
 pub(crate) use instances::{Instances, Order, Shown};
 pub(crate) use record::{Due, Record, Scene};
+pub(crate) use watch::watch;
 
 use crate::jq::{self, Jq, Limits, TIME};
 use crate::store::{State, Store};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 use uuid::Uuid;
 use warren_shared::pattern::Pattern;
 use warren_shared::process::wire::{DONE, FAILED};
@@ -29,6 +32,7 @@ pub(crate) struct Plan {
     written: String,
     whens: Vec<Option<Jq>>,
     withs: Vec<Option<Jq>>,
+    undo_withs: Vec<Option<Jq>>,
 }
 
 /// A definition as the store keeps it, for the instances that it began.
@@ -49,8 +53,8 @@ impl Plan {
         let text = serde_json::to_string(&written).unwrap_or_default();
         let (mut mistakes, mut compiled) = (Vec::new(), HashMap::new());
         for step in &written.steps {
-            let texts = [("when", step.when.as_deref()), ("with", step.with.as_deref())];
-            for (field, text) in texts.into_iter().filter_map(|(field, text)| Some((field, text?))) {
+            let texts = [("when", &step.when), ("with", &step.with), ("undo.with", &step.undo_with)];
+            for (field, text) in texts.into_iter().filter_map(|(field, text)| Some((field, text.as_deref()?))) {
                 match Jq::compile(text) {
                     Ok(program) => drop(compiled.insert((step.name.clone(), field), program)),
                     Err(error) => {
@@ -72,6 +76,7 @@ impl Plan {
             id: Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes()),
             whens: programs("when"),
             withs: programs("with"),
+            undo_withs: programs("undo.with"),
             definition,
             written: text,
         })
@@ -103,6 +108,7 @@ impl Plan {
             status: String::new(),
             key: String::new(),
             ended: false,
+            due: None,
             body: self.written.clone().into_bytes(),
         }
     }
@@ -119,7 +125,7 @@ impl Plan {
 
     /// Whether a decision may compute for long.
     pub(crate) fn computes(&self) -> bool {
-        self.whens.iter().chain(&self.withs).any(Option::is_some)
+        self.whens.iter().chain(&self.withs).chain(&self.undo_withs).any(Option::is_some)
     }
 }
 
@@ -137,6 +143,16 @@ fn one(with: &Jq, input: &[u8], output: usize) -> Result<Vec<u8>, String> {
         (None, _) => Err("it has no output, the event needs data".into()),
         (Some(_), more) => Err(format!("it has {} outputs, the event has one", more + 1)),
     }
+}
+
+/// A timer waits in the broker for so long at most: what is due later stands in the store until then, so that nothing of an
+/// instance that has ended, or of one that moved on, hops through the delay queues for weeks.
+fn last_hour() -> Duration {
+    #[cfg(debug_assertions)]
+    if let Some(seconds) = std::env::var("WARREN_TEST_LAST_HOUR").ok().and_then(|seconds| seconds.parse().ok()) {
+        return Duration::from_secs(seconds);
+    }
+    Duration::from_secs(3600)
 }
 
 /// All processes of a pool.

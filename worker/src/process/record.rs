@@ -1,5 +1,5 @@
 //! What is kept of an instance, and its turns.
-use super::{Plan, holds, one};
+use super::{Plan, holds, last_hour, one};
 use crate::store::{Change, Kept, State};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -34,6 +34,12 @@ pub(crate) struct Record {
     set: u32,
     /// How often it was stuck.
     stuck: u32,
+    /// Where what it waits for is more than an hour away: when that is. The store wakes it an hour before.
+    #[serde(default)]
+    due: Option<i64>,
+    /// How many events caused one another until it began.
+    #[serde(default)]
+    hops: u32,
     pub(crate) history: Vec<Entry>,
 }
 
@@ -93,7 +99,7 @@ const HISTORY: usize = 1000;
 
 impl Record {
     /// The instance that an event starts.
-    pub(crate) fn new(plan: &Plan, event: &Event) -> Self {
+    pub(crate) fn new(plan: &Plan, event: &Event, hops: u32) -> Self {
         let text = |name: &&str| match event.extension(name) {
             Some(Value::Text(text)) => Some(((*name).to_owned(), text.clone())),
             _ => None,
@@ -114,6 +120,8 @@ impl Record {
             timers: BTreeSet::new(),
             set: 0,
             stuck: 0,
+            due: None,
+            hops,
             history: Vec::new(),
         }
     }
@@ -132,6 +140,7 @@ impl Record {
             status: self.status().into(),
             key: self.key.clone(),
             ended: matches!(self.instance.going, Going::Ended(_)),
+            due: self.due,
             body,
         };
         Ok(Change { id: name.id, found: kept.map_or(0, |kept| kept.version), state })
@@ -142,7 +151,7 @@ impl Record {
         match self.instance.going {
             Going::Forward => "running",
             Going::Back => "compensating",
-            Going::Stuck => "stuck",
+            Going::Stuck | Going::Held => "stuck",
             Going::Ended(End::Completed) => "completed",
             Going::Ended(End::Compensated) => "compensated",
         }
@@ -153,12 +162,17 @@ impl Record {
         let step = |(state, step): (&warren_shared::process::State, &warren_shared::process::Step)| {
             let name = &step.name;
             Some(match state.place {
+                _ if state.is_overdue() => format!("a person: {name} was never answered"),
+                Place::Done if state.has_grace() => format!("{name}'s late answer"),
                 Place::Running { attempt: 1 } => format!("{name} to be done"),
                 Place::Running { attempt } => format!("{name} to be done (attempt {attempt})"),
                 Place::Pausing { attempt } => format!("{name} to be asked for again after attempt {attempt}"),
                 Place::Late => format!("{name}'s late answer"),
                 Place::Undoing { .. } => format!("{name} to be undone"),
                 Place::UndoPausing { attempt } => format!("{name} to be undone again after attempt {attempt}"),
+                Place::Unknown if step.undo.is_none() && !step.optional => {
+                    format!("a person: {name} may have been done and cannot be undone")
+                }
                 Place::Stuck { .. } => format!("a person: {name} could not be undone"),
                 _ => return None,
             })
@@ -177,11 +191,37 @@ impl Record {
     /// Keeps what a step brought.
     pub(crate) fn answered(&mut self, step: &str, direction: Direction, answer: Result<Box<RawValue>, Failed>) {
         match (answer, direction) {
-            (Ok(result), Direction::Do) => drop(self.results.insert(step.into(), result)),
+            // The first one counts: what follows may rest on it already.
+            (Ok(result), Direction::Do) => drop(self.results.entry(step.into()).or_insert(result)),
             (Ok(_), Direction::Undo) => {}
             (Err(failed), Direction::Do) => drop(self.failures.insert(step.into(), failed)),
             (Err(failed), Direction::Undo) => drop(self.failures.insert(format!("undo.{step}"), failed)),
         }
+    }
+
+    /// How many events caused one another until the events that it sends.
+    pub(crate) fn hops(&self) -> u32 {
+        self.hops.saturating_add(1)
+    }
+
+    /// Why steps failed, by their names.
+    pub(super) fn failures(&self) -> &BTreeMap<String, Failed> {
+        &self.failures
+    }
+
+    /// Notes why a step cannot be asked for, or taken back.
+    fn cannot(&mut self, step: &str, direction: Direction, error: String, now: i64) {
+        self.note(
+            now,
+            format!(
+                "{step} cannot be {}: {error}",
+                match direction {
+                    Direction::Do => "asked for",
+                    Direction::Undo => "undone",
+                }
+            ),
+        );
+        self.answered(step, direction, Err(Failed::before("permanent", error)));
     }
 
     /// Notes what happened.
@@ -200,16 +240,27 @@ impl Record {
         let mut turn = Turn { facts: facts.into(), ..Turn::default() };
         while let Some(fact) = turn.facts.pop_front() {
             let object = self.object(false);
+            let mut faults = Vec::new();
             let judge = |step: usize| {
                 let when = scene.plan.whens[step].as_ref()?;
-                holds(when, &object, scene.limits.body)
-                    .inspect_err(|error| tracing::warn!(name = %scene.name, error, "a condition fails"))
-                    .ok()
+                let holds = holds(when, &object, scene.limits.body);
+                holds.map_err(|error| faults.push((step, error))).ok()
             };
             let commands = self.instance.take(fact, &scene.plan.definition, judge, scene.chance);
-            if let (Some(_), Fact::Woken { step, direction, attempt, wait: Wait::Timeout }) = (&commands, fact) {
+            for (step, error) in faults {
+                let name = &scene.plan.definition.steps[step].name;
+                tracing::warn!(instance = %scene.name, step = name, error, "the condition of step '{name}' fails");
+                self.cannot(name, Direction::Do, format!("when: {error}"), scene.now);
+            }
+            if let (Some(_), Fact::Woken { step, direction, attempt, wait }) = (&commands, fact) {
                 let step = scene.plan.definition.steps[step].name.clone();
-                self.note(scene.now, format!("{}: no answer in time", Try { step, direction, attempt }));
+                match wait {
+                    Wait::Timeout => {
+                        self.note(scene.now, format!("{}: no answer in time", Try { step, direction, attempt }))
+                    }
+                    Wait::Grace => self.note(scene.now, format!("{step}: still no answer, not waited for any longer")),
+                    Wait::Pause => {}
+                }
             }
             for command in commands.into_iter().flatten() {
                 self.obey(command, scene, &mut turn)?;
@@ -228,11 +279,8 @@ impl Record {
                     turn.emit.push(question);
                 }
                 Err(error) => {
-                    let name = scene.plan.definition.steps[step].name.clone();
-                    self.note(scene.now, format!("{name} cannot be asked for: {error}"));
-                    let failed = Failed { reason: "permanent".into(), error };
-                    self.answered(&name, direction, Err(failed));
-                    turn.facts.push_back(Fact::Failed { step, direction, attempt, permanent: true });
+                    self.cannot(&scene.plan.definition.steps[step].name, direction, error, scene.now);
+                    turn.facts.push_back(Fact::Failed { step, direction, attempt, permanent: true, certain: true });
                 }
             },
             Command::Wake { step, direction, attempt, after, wait } => {
@@ -242,6 +290,14 @@ impl Record {
             Command::Stuck => {
                 self.stuck += 1;
                 self.note(scene.now, "stuck: a person has to look".into());
+                let waits = self.waits_for(scene.plan).join(", ");
+                tracing::error!(
+                    instance = %scene.name,
+                    key = self.key,
+                    "process instance {} is stuck and waits for {waits}: see 'warren-worker process show {}'",
+                    scene.name,
+                    scene.name.id
+                );
                 turn.emit.push(self.told(scene, "stuck", &format!("stuck {}", self.stuck))?);
             }
             Command::Ended(_) => {
@@ -264,7 +320,7 @@ impl Record {
         let defined = &scene.plan.definition.steps[step];
         let (kind, with) = match direction {
             Direction::Do => (&defined.action, scene.plan.withs[step].as_ref()),
-            Direction::Undo => (defined.undo.as_ref().unwrap_or(&defined.action), None),
+            Direction::Undo => (defined.undo.as_ref().unwrap_or(&defined.action), scene.plan.undo_withs[step].as_ref()),
         };
         let object = self.object(false);
         let data = match with.map(|with| one(with, &object, scene.limits.body)) {
@@ -310,27 +366,33 @@ impl Record {
     fn rearm(&mut self, scene: &Scene<'_>, turn: &mut Turn) -> Result<(), Unreadable> {
         let Instance { going, steps } = &self.instance;
         self.waits.retain(|w| {
-            let Waiting { attempt, .. } = *w;
+            let (Waiting { attempt, .. }, place) = (*w, steps[w.step].place);
             let wanted = match (w.direction, w.wait) {
-                (Direction::Do, Wait::Timeout) => Place::Running { attempt },
-                (Direction::Do, Wait::Pause) => Place::Pausing { attempt },
-                (Direction::Undo, Wait::Timeout) => Place::Undoing { attempt },
-                (Direction::Undo, Wait::Pause) => Place::UndoPausing { attempt },
+                (_, Wait::Grace) => steps[w.step].has_grace(),
+                (Direction::Do, Wait::Timeout) => place == Place::Running { attempt },
+                (Direction::Do, Wait::Pause) => place == Place::Pausing { attempt },
+                (Direction::Undo, Wait::Timeout) => place == Place::Undoing { attempt },
+                (Direction::Undo, Wait::Pause) => place == Place::UndoPausing { attempt },
             };
-            !matches!(going, Going::Ended(_)) && steps[w.step].place == wanted
+            !matches!(going, Going::Ended(_)) && wanted
         });
+        self.due = None;
         // A timer that never came is not waited for.
         self.timers.retain(|due| *due > scene.now);
         let Some(due) = self.waits.iter().map(|waiting| waiting.due).min() else { return Ok(()) };
         if self.timers.first().is_none_or(|first| due < *first) {
+            let after = Duration::from_millis(u64::try_from(due.saturating_sub(scene.now)).unwrap_or(0));
+            if after > last_hour() {
+                self.due = Some(due);
+                return Ok(());
+            }
             self.timers.insert(due);
             self.set += 1;
             // Under a key of its own: the instance's key may be busy with the very step that takes too long.
             let timer = self.event(scene, TIMER, &format!("timer {}", self.set))?;
             let timer = timer.with("partitionkey", Value::Text(scene.name.to_string()))?;
             let data = serde_json::to_vec(&Due { due }).unwrap_or_default();
-            let after = u64::try_from(due.saturating_sub(scene.now)).unwrap_or(0);
-            turn.later = Some((Duration::from_millis(after), timer.with_json(&data, scene.limits)?));
+            turn.later = Some((after, timer.with_json(&data, scene.limits)?));
         }
         Ok(())
     }

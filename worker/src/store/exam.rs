@@ -62,6 +62,8 @@ macro_rules! exam {
             a_known_event_changes_no_state
             racing_workers_count_a_state_up_without_a_gap
             states_are_listed_and_the_ended_ones_forgotten
+            what_is_due_is_found_until_it_is_not
+            what_has_not_ended_is_counted_by_name_and_status
             nothing_asked_is_nothing_done
         }
     };
@@ -273,11 +275,11 @@ pub(super) async fn rows_that_are_given_up_are_adopted_by_whoever_asks(candidate
     }
     ours.beat().await.expect("takes it");
     theirs.beat().await.expect("takes it");
-    ours.leave(ids[..2].to_vec()).await.expect("takes it");
+    ours.give_up(ids[..2].to_vec()).await.expect("takes it");
     let silent = || Left::Silent(Duration::from_secs(60));
     let adopted = |rows: Vec<Row>| rows.iter().map(|row| row.id).collect::<Vec<_>>();
     assert_eq!(adopted(theirs.adopt(silent()).await.expect("answers")), ids[..2], "ours is not silent");
-    theirs.leave(ids[..1].to_vec()).await.expect("takes it");
+    theirs.give_up(ids[..1].to_vec()).await.expect("takes it");
     // Ours again, where we are the next.
     assert_eq!(adopted(ours.adopt(Left::In("p00".into())).await.expect("answers")), ids[..2]);
 }

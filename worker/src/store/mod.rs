@@ -11,7 +11,7 @@ mod exam;
 pub(crate) use postgres::{Ended, Entry};
 pub use postgres::{Postgres, Transactions, Tx, TxError};
 pub use sqlite::Sqlite;
-pub use state::{Change, Kept, Listed, State};
+pub use state::{Change, Count, Due, Kept, Listed, State};
 
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
@@ -173,11 +173,15 @@ pub trait Store: Send + Sync + 'static {
     fn keep(&self, id: Uuid, state: State) -> Reply<()>;
     /// States of a kind, those that changed last first.
     fn list(&self, listed: Listed) -> Reply<Vec<(Uuid, Kept)>>;
+    /// States of a kind that are due before a time, in milliseconds since 1970, the soonest first; so many at most.
+    fn due(&self, kind: &'static str, before: i64, most: u32) -> Reply<Vec<Due>>;
+    /// How many states of a kind have not ended, by name and status.
+    fn count(&self, kind: &'static str) -> Reply<Vec<Count>>;
     /// Makes outbox rows ours and returns them in order.
     fn adopt(&self, left: Left) -> Reply<Vec<Row>>;
     /// Gives rows of ours up, which were not published: whoever adopts their partition next, or looks for rows of the silent, has
     /// them.
-    fn leave(&self, rows: Vec<i64>) -> Reply<()>;
+    fn give_up(&self, rows: Vec<i64>) -> Reply<()>;
     /// Forgets rows that were published.
     fn sent(&self, rows: Vec<i64>) -> Reply<()>;
     /// Says that this worker lives.

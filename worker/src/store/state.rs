@@ -2,6 +2,7 @@
 //!
 //! An event reads a state, and its outcome commits together with the change: only if the state is still the one that was
 //! read. So two events that meet at a state follow one another, wherever they are handled.
+use std::time::Duration;
 use uuid::Uuid;
 
 /// A state.
@@ -17,6 +18,8 @@ pub struct State {
     pub key: String,
     /// Whether nothing will change it any more: then it is forgotten after the retention.
     pub ended: bool,
+    /// When something is due, in milliseconds since 1970: [`Store::due`](super::Store::due) finds it by that.
+    pub due: Option<i64>,
     /// All of it.
     pub body: Vec<u8>,
 }
@@ -43,6 +46,30 @@ pub struct Change {
     pub found: i64,
     /// What it becomes.
     pub state: State,
+}
+
+/// A state that is due.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Due {
+    /// Which.
+    pub id: Uuid,
+    /// Which of its kind.
+    pub name: String,
+    /// When, in milliseconds since 1970.
+    pub at: i64,
+}
+
+/// How many states of a kind, a name and a status have not ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// Which of its kind.
+    pub name: String,
+    /// Where they stand.
+    pub status: String,
+    /// How many.
+    pub states: u64,
+    /// For how long the one that was changed longest ago has not been changed, by the store's clock.
+    pub oldest: Duration,
 }
 
 /// Which states to list.

@@ -209,8 +209,14 @@ fn call(id: &str, script: &str) -> Call {
 
 fn call_of(event: Event, script: &str) -> Call {
     let event = event.with("script", script.into()).expect("a script is a text");
-    let context =
-        Context { attempt: 1, timeout: MINUTE, partition: "p00".into(), pool: "tests".into(), limits: LIMITS };
+    let context = Context {
+        attempt: 1,
+        timeout: MINUTE,
+        partition: "p00".into(),
+        pool: "tests".into(),
+        limits: LIMITS,
+        ..Default::default()
+    };
     Call { event, context, entry: Default::default(), kept: None }
 }
 
@@ -224,8 +230,10 @@ fn seen(outcome: Outcome) -> (Value, String) {
             let result = result.map(|value: Value| if value.is_null() { json!("a null") } else { value });
             (json!({"done": {"result": result, "emit": emit}}), String::new())
         }
-        Outcome::Retry { error, after } => (json!({"retry": after.map(|after| after.as_secs_f64())}), error),
-        Outcome::Dead { error } => (json!({"dead": true}), error),
+        Outcome::Retry { error, after } | Outcome::NotNow { error, after } => {
+            (json!({"retry": after.map(|after| after.as_secs_f64())}), error)
+        }
+        Outcome::Dead { error } | Outcome::Unclear { error } => (json!({"dead": true}), error),
         other => panic!("{other:?}"),
     }
 }

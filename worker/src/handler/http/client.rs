@@ -35,6 +35,8 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(super) enum Broken {
     /// This process or its machine has no means to call: no event is to blame.
     Here(io::Error),
+    /// No connection came about: the service has nothing of it.
+    Away(String),
     /// The way there or back, or the service.
     There(String),
 }
@@ -71,19 +73,22 @@ impl Client {
             *request.headers_mut() = head.clone();
             request
         };
+        // What went out on it may have arrived.
+        let mut again = false;
         let asked = match self.pooled.request(request()).await {
             Err(error) if Uses::of(&error).is_some_and(|uses| uses.broke_between(&error)) => {
+                again = true;
                 self.fresh.request(request()).await
             }
             asked => asked,
         };
         match asked {
             Ok(response) => Ok(response),
-            Err(error) => Err(self.broken(&error).await),
+            Err(error) => Err(self.broken(&error, again).await),
         }
     }
 
-    async fn broken(&self, error: &Error) -> Broken {
+    async fn broken(&self, error: &Error, again: bool) -> Broken {
         let (host, port) = (self.uri.host().unwrap_or_default(), self.uri.port_u16());
         let port = port.unwrap_or(if self.uri.scheme_str() == Some("https") { 443 } else { 80 });
         let trouble = match local::trouble(error) {
@@ -93,7 +98,11 @@ impl Client {
         if let Some(trouble) = trouble {
             return Broken::Here(trouble);
         }
-        Broken::There(why(error, if error.is_connect() { "cannot connect" } else { BROKE }))
+        match error.is_connect() {
+            true if again => Broken::There(why(error, "cannot connect again")),
+            true => Broken::Away(why(error, "cannot connect")),
+            false => Broken::There(why(error, BROKE)),
+        }
     }
 }
 

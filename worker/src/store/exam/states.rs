@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 fn state(status: &str, body: &str) -> State {
     let [kind, name, key] = ["process", "order", "k1"].map(str::to_owned);
-    State { kind, name, status: status.into(), key, ended: status == "ended", body: body.into() }
+    State { kind, name, status: status.into(), key, ended: status == "ended", due: None, body: body.into() }
 }
 
 fn id(n: u128) -> Uuid {
@@ -165,4 +165,44 @@ pub(in super::super) async fn states_are_listed_and_the_ended_ones_forgotten(can
         "the old ones that ended are gone"
     );
     assert!(load(&store, 100).await.is_some());
+}
+
+pub(in super::super) async fn what_is_due_is_found_until_it_is_not(candidate: &Candidate) {
+    let store = (candidate.open)("a");
+    let due = |event: &str, n: u128, found: i64, due: Option<i64>| {
+        let state = State { due, ..state("running", "x") };
+        Effect { change: Some(Change { id: id(n), found, state }), ..done(event) }
+    };
+    commit(&store, vec![due("1", 1, 0, Some(300)), due("2", 2, 0, Some(100)), due("3", 3, 0, None)]).await;
+    commit(&store, vec![due("4", 4, 0, Some(-5)), due("5", 5, 0, Some(200))]).await;
+    let found = async |before, most| {
+        let found = store.due("process", before, most).await.expect("answers");
+        assert!(found.iter().all(|due| due.name == "order"), "{found:?}");
+        found.into_iter().map(|due| (due.id, due.at)).collect::<Vec<_>>()
+    };
+    assert_eq!(found(300, 10).await, [(id(4), -5), (id(2), 100), (id(5), 200)]);
+    assert_eq!(found(i64::MAX, 2).await, [(id(4), -5), (id(2), 100)]);
+    assert!(store.due("gather", 1_000, 10).await.expect("answers").is_empty());
+    commit(&store, vec![due("6", 4, 1, None), due("7", 2, 1, Some(250)), due("8", 3, 1, Some(1))]).await;
+    assert_eq!(found(300, 10).await, [(id(3), 1), (id(5), 200), (id(2), 250)]);
+    assert_eq!(load(&store, 2).await.map(|kept| kept.state.due), Some(Some(250)));
+}
+
+pub(in super::super) async fn what_has_not_ended_is_counted_by_name_and_status(candidate: &Candidate) {
+    let store = (candidate.open)("a");
+    let at = |event: &str, n: u128, name: &str, status: &str| {
+        let state = State { name: name.into(), ..state(status, "x") };
+        Effect { change: Some(Change { id: id(n), found: 0, state }), ..done(event) }
+    };
+    assert!(store.count("process").await.expect("answers").is_empty());
+    commit(&store, vec![at("1", 1, "order", "stuck")]).await;
+    let moment = moment().await;
+    let others = [at("2", 2, "order", "stuck"), at("3", 3, "order", "running"), at("4", 4, "order", "ended")];
+    commit(&store, others.into_iter().chain([at("5", 5, "parcel", "stuck")]).collect()).await;
+    let mut counts = store.count("process").await.expect("answers");
+    counts.sort_by_key(|count| (count.name.clone(), count.status.clone()));
+    let shown: Vec<_> = counts.iter().map(|count| (&*count.name, &*count.status, count.states)).collect();
+    assert_eq!(shown, [("order", "running", 1), ("order", "stuck", 2), ("parcel", "stuck", 1)]);
+    assert!(counts[1].oldest >= moment.elapsed() && counts[1].oldest > counts[2].oldest, "{counts:?}");
+    assert!(store.count("gather").await.expect("answers").is_empty());
 }

@@ -17,7 +17,9 @@ pub use self::tx::{Transactions, Tx, TxError};
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
-use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
+use super::{
+    Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -423,7 +425,7 @@ impl Store for Postgres {
 
     fn keep(&self, id: Uuid, state: State) -> Reply<()> {
         self.call(move |inner| async move {
-            let State { kind, name, status, key, ended, body } = &state;
+            let State { kind, name, status, key, ended, body, .. } = &state;
             let values: Values<'_> = &[
                 (&id, Type::UUID),
                 (kind, Type::TEXT),
@@ -445,11 +447,27 @@ impl Store for Postgres {
         })
     }
 
+    fn due(&self, kind: &'static str, before: i64, most: u32) -> Reply<Vec<Due>> {
+        self.call(move |inner| async move {
+            let most = i64::from(most);
+            let values: Values<'_> = &[(&kind, Type::TEXT), (&before, Type::INT8), (&most, Type::INT8)];
+            let rows = inner.write(&state::due(&inner.schema), values).await?;
+            Ok(rows.iter().map(|row| Due { id: row.get(0), name: row.get(1), at: row.get(2) }).collect())
+        })
+    }
+
+    fn count(&self, kind: &'static str) -> Reply<Vec<Count>> {
+        self.call(move |inner| async move {
+            let rows = inner.write(&state::count(&inner.schema), &[(&kind, Type::TEXT)]).await?;
+            Ok(rows.iter().map(state::counted).collect())
+        })
+    }
+
     fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
         self.call(|inner| async move { inner.adopt(&left).await })
     }
 
-    fn leave(&self, rows: Vec<i64>) -> Reply<()> {
+    fn give_up(&self, rows: Vec<i64>) -> Reply<()> {
         self.call(|inner| async move {
             let sql = format!("UPDATE {}.outbox SET worker = '' WHERE id = ANY($1)", inner.schema);
             inner.write(&sql, &[(&rows, Type::INT8_ARRAY)]).await.map(drop)

@@ -11,7 +11,7 @@ struct Step {
     needs: i32,
 }
 
-const STEPS: [Step; 2] = [
+const STEPS: [Step; 3] = [
     Step {
         sql: "
     CREATE TABLE {s}.starts (identity uuid PRIMARY KEY, starts integer NOT NULL, failed integer NOT NULL,
@@ -27,6 +27,7 @@ const STEPS: [Step; 2] = [
         needs: 1,
     },
     Step { sql: state::TABLE, needs: 1 },
+    Step { sql: state::DUE, needs: 1 },
 ];
 
 /// What this version knows.

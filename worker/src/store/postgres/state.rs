@@ -3,8 +3,9 @@
 //! Who changes states locks them first, in the transaction that records the change; so what is told to be outdated is so, and
 //! what is not stays as it is until the end.
 use super::session::Lease;
-use crate::store::{Change, Effect, Kept, Listed, State, StoreError};
+use crate::store::{Change, Count, Effect, Kept, Listed, State, StoreError};
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
@@ -17,9 +18,17 @@ pub(super) const TABLE: &str = "
     ALTER TABLE {s}.states SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 5000);
 ";
 
+/// What came later: when a state is due, and a way to those that have not ended. Workers of the version before leave the column
+/// empty, or as it is: who is woken in vain notes it.
+pub(super) const DUE: &str = "
+    ALTER TABLE {s}.states ADD COLUMN due bigint;
+    CREATE INDEX ON {s}.states (kind, due) WHERE due IS NOT NULL;
+    CREATE INDEX ON {s}.states (kind, name, status, changed) WHERE NOT ended;
+";
+
 const COLUMNS: &str =
     "version, (extract(epoch FROM begun) * 1000)::bigint, (extract(epoch FROM changed) * 1000)::bigint, kind,
-    name, status, key, ended, body, id";
+    name, status, key, ended, body, id, due";
 
 /// Locks the states that effects change, and makes room for new ones. The answer: which effects may be recorded, in order; the
 /// others rest on a state that is another one now, or that an effect before them changes.
@@ -64,12 +73,13 @@ pub(super) struct Changes<'a> {
     statuses: Vec<&'a str>,
     keys: Vec<&'a str>,
     ends: Vec<bool>,
+    dues: Vec<Option<i64>>,
     bodies: Vec<&'a [u8]>,
 }
 
 impl<'a> Changes<'a> {
     pub(super) fn push(&mut self, effect: i32, change: &'a Change) {
-        let State { kind, name, status, key, ended, body } = &change.state;
+        let State { kind, name, status, key, ended, due, body } = &change.state;
         self.effects.push(effect);
         self.ids.push(change.id);
         self.kinds.push(kind);
@@ -77,6 +87,7 @@ impl<'a> Changes<'a> {
         self.statuses.push(status);
         self.keys.push(key);
         self.ends.push(*ended);
+        self.dues.push(*due);
         self.bodies.push(body);
     }
 
@@ -89,15 +100,15 @@ impl<'a> Changes<'a> {
         let n = |offset: usize| first + offset;
         format!(
             "changed AS (UPDATE {s}.states s SET version = s.version + 1, kind = c.kind, name = c.name, status = c.status,
-                 key = c.key, ended = c.ended, changed = clock_timestamp(), body = c.body
+                 key = c.key, ended = c.ended, changed = clock_timestamp(), body = c.body, due = c.due
                  FROM unnest(${}::integer[], ${}::uuid[], ${}::text[], ${}::text[], ${}::text[], ${}::text[], ${}::boolean[],
-                     ${}::bytea[]) AS c(n, id, kind, name, status, key, ended, body)
+                     ${}::bytea[], ${}::bigint[]) AS c(n, id, kind, name, status, key, ended, body, due)
                  WHERE s.id = c.id AND c.n IN (SELECT n FROM fresh))",
-            n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7)
+            n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8)
         )
     }
 
-    pub(super) fn values(&self) -> [(&(dyn ToSql + Sync), Type); 8] {
+    pub(super) fn values(&self) -> [(&(dyn ToSql + Sync), Type); 9] {
         [
             (&self.effects, Type::INT4_ARRAY),
             (&self.ids, Type::UUID_ARRAY),
@@ -107,6 +118,7 @@ impl<'a> Changes<'a> {
             (&self.keys, Type::TEXT_ARRAY),
             (&self.ends, Type::BOOL_ARRAY),
             (&self.bodies, Type::BYTEA_ARRAY),
+            (&self.dues, Type::INT8_ARRAY),
         ]
     }
 }
@@ -134,6 +146,24 @@ pub(super) fn listed<'a>(listed: &'a Listed, most: &'a i64) -> [(&'a (dyn ToSql 
     [(&listed.kind, Type::TEXT), (&listed.name, Type::TEXT), (&listed.status, Type::TEXT), (most, Type::INT8)]
 }
 
+pub(super) fn due(s: &str) -> String {
+    format!(
+        "SELECT id, name, due FROM {s}.states WHERE due IS NOT NULL AND kind = $1 AND due < $2 ORDER BY due, id LIMIT $3"
+    )
+}
+
+pub(super) fn count(s: &str) -> String {
+    format!(
+        "SELECT name, status, count(*), (extract(epoch FROM clock_timestamp() - min(changed)) * 1000)::bigint
+             FROM {s}.states WHERE NOT ended AND kind = $1 GROUP BY name, status"
+    )
+}
+
+pub(super) fn counted(row: &Row) -> Count {
+    let whole = |column: usize| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
+    Count { name: row.get(0), status: row.get(1), states: whole(2), oldest: Duration::from_millis(whole(3)) }
+}
+
 /// Forgets those that ended before the window.
 pub(super) fn prune(s: &str) -> String {
     format!(
@@ -148,6 +178,7 @@ pub(super) fn kept(row: &Row) -> (Uuid, Kept) {
         status: row.get(5),
         key: row.get(6),
         ended: row.get(7),
+        due: row.get(10),
         body: row.get(8),
     };
     (row.get(9), Kept { version: row.get(0), begun: row.get(1), changed: row.get(2), state })

@@ -138,7 +138,7 @@ async fn a_row_of_the_outbox_that_cannot_be_read_keeps_no_other_from_its_next_ow
 /// A change of a state whose key is this text.
 fn keyed(id: &str, key: &str) -> Effect {
     let [kind, name, status] = ["gather", "all", "open"].map(str::to_owned);
-    let state = State { kind, name, status, key: key.into(), ended: false, body: Vec::new() };
+    let state = State { kind, name, status, key: key.into(), ended: false, due: None, body: Vec::new() };
     Effect { change: Some(Change { id: Uuid::new_v4(), found: 0, state }), ..effect(id, Outcome::Done, 0) }
 }
 

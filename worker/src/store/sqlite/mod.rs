@@ -6,7 +6,9 @@ mod inbox;
 mod state;
 
 use self::inbox::{Fresh, Inbox};
-use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
+use super::{
+    Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,14 +20,14 @@ use uuid::Uuid;
 use warren_shared::Identity;
 
 /// The schema, a step an entry; a store remembers how many it has.
-const SCHEMA: [&str; 3] = [inbox::TABLES, "
+const SCHEMA: [&str; 4] = [inbox::TABLES, "
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, worker TEXT NOT NULL, partition TEXT NOT NULL,
         envelope TEXT NOT NULL, body BLOB NOT NULL);
     CREATE TABLE workers (id TEXT PRIMARY KEY, seen INTEGER NOT NULL) WITHOUT ROWID;
-", state::TABLE];
+", state::TABLE, state::DUE];
 
 /// How long a lock of another process is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -354,6 +356,14 @@ impl Store for Sqlite {
         self.call(move |desk| state::list(&desk.connection, &listed))
     }
 
+    fn due(&self, kind: &'static str, before: i64, most: u32) -> Reply<Vec<Due>> {
+        self.call(move |desk| state::due(&desk.connection, kind, before, most))
+    }
+
+    fn count(&self, kind: &'static str) -> Reply<Vec<Count>> {
+        self.call(move |desk| state::count(&desk.connection, kind, now()))
+    }
+
     fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
         let worker = self.worker.clone();
         self.call(move |desk| {
@@ -397,7 +407,7 @@ impl Store for Sqlite {
         })
     }
 
-    fn leave(&self, rows: Vec<i64>) -> Reply<()> {
+    fn give_up(&self, rows: Vec<i64>) -> Reply<()> {
         self.run(move |tx| {
             for id in &rows {
                 tx.prepare_cached("UPDATE outbox SET worker = '' WHERE id = ?1")?.execute([id])?;

@@ -1,6 +1,7 @@
 //! States in a file.
-use crate::store::{Change, Kept, Listed, State};
+use crate::store::{Change, Count, Due, Kept, Listed, State};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use std::time::Duration;
 use uuid::Uuid;
 
 pub(super) const TABLE: &str = "
@@ -9,7 +10,14 @@ pub(super) const TABLE: &str = "
         body BLOB NOT NULL);
 ";
 
-const COLUMNS: &str = "version, begun, changed, kind, name, status, key, ended, body, id";
+/// What came later: when a state is due, and a way to those that have not ended.
+pub(super) const DUE: &str = "
+    ALTER TABLE states ADD COLUMN due INTEGER;
+    CREATE INDEX states_due ON states (kind, due) WHERE due IS NOT NULL;
+    CREATE INDEX states_open ON states (kind, name, status, changed) WHERE NOT ended;
+";
+
+const COLUMNS: &str = "version, begun, changed, kind, name, status, key, ended, body, id, due";
 
 /// The version of a state; 0 where there is none.
 pub(super) fn version(tx: &Transaction<'_>, id: &Uuid) -> rusqlite::Result<i64> {
@@ -18,13 +26,14 @@ pub(super) fn version(tx: &Transaction<'_>, id: &Uuid) -> rusqlite::Result<i64> 
 }
 
 pub(super) fn write(tx: &Transaction<'_>, change: &Change, at: i64) -> rusqlite::Result<()> {
-    let State { kind, name, status, key, ended, body } = &change.state;
+    let State { kind, name, status, key, ended, due, body } = &change.state;
     tx.prepare_cached(
-        "INSERT INTO states VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8, ?9) ON CONFLICT (id) DO UPDATE SET
+        "INSERT INTO states (id, version, kind, name, status, key, ended, begun, changed, body, due)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8, ?9, ?10) ON CONFLICT (id) DO UPDATE SET
              version = excluded.version, status = excluded.status, ended = excluded.ended, changed = excluded.changed,
-             body = excluded.body",
+             body = excluded.body, due = excluded.due",
     )?
-    .execute(params![change.id.as_bytes(), change.found + 1, kind, name, status, key, ended, at, body])
+    .execute(params![change.id.as_bytes(), change.found + 1, kind, name, status, key, ended, at, body, due])
     .map(drop)
 }
 
@@ -45,6 +54,25 @@ pub(super) fn list(connection: &Connection, listed: &Listed) -> rusqlite::Result
         .collect()
 }
 
+pub(super) fn due(connection: &Connection, kind: &str, before: i64, most: u32) -> rusqlite::Result<Vec<Due>> {
+    let sql =
+        "SELECT id, name, due FROM states WHERE due IS NOT NULL AND kind = ?1 AND due < ?2 ORDER BY due, id LIMIT ?3";
+    let due = |row: &Row<'_>| Ok(Due { id: Uuid::from_bytes(row.get(0)?), name: row.get(1)?, at: row.get(2)? });
+    connection.prepare_cached(sql)?.query_map(params![kind, before, most], due)?.collect()
+}
+
+pub(super) fn count(connection: &Connection, kind: &str, now: i64) -> rusqlite::Result<Vec<Count>> {
+    let sql =
+        "SELECT name, status, count(*), min(changed) FROM states WHERE NOT ended AND kind = ?1 GROUP BY name, status";
+    let count = |row: &Row<'_>| {
+        let states = u64::try_from(row.get::<_, i64>(2)?).unwrap_or(0);
+        let since = now.saturating_sub(row.get(3)?);
+        let oldest = Duration::from_millis(u64::try_from(since).unwrap_or(0));
+        Ok(Count { name: row.get(0)?, status: row.get(1)?, states, oldest })
+    };
+    connection.prepare_cached(sql)?.query_map(params![kind], count)?.collect()
+}
+
 fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {
     let state = State {
         kind: row.get(3)?,
@@ -52,6 +80,7 @@ fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {
         status: row.get(5)?,
         key: row.get(6)?,
         ended: row.get(7)?,
+        due: row.get(10)?,
         body: row.get(8)?,
     };
     Ok(Kept { version: row.get(0)?, begun: row.get(1)?, changed: row.get(2)?, state })
