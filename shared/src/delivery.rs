@@ -4,6 +4,7 @@
 //!            known ──────────────────────────────────────────────▶ Safe ──▶ Settled
 //!            unreadable ─▶ Burying ── confirmed ─────────────────▶ Safe
 //! Received ─ early ──────▶ Parking ── confirmed ─(Leaving)───────▶ Safe
+//!            routed elsewhere ▶ Unroutable ── waited ─▶ Condemned
 //!            fresh ──────▶ Running ── succeeded ─▶ Succeeded ─────▶ Safe     (committed, or superseded)
 //!                             ▲                       └ outdated: the state that it rests on has changed
 //!            redelivered ▶ Suspected ─ recorded ─▶ Running | Suspected, alone | Condemned
@@ -32,6 +33,8 @@ pub enum State {
         /// What is recorded.
         start: Start,
     },
+    /// Only another worker of the pool has a route for it: it waits in place for that one to take its partition.
+    Unroutable,
     /// Its handler runs.
     Running(Run),
     /// It waits in place for its next attempt, and its key with it.
@@ -151,6 +154,8 @@ pub enum Fact {
     Known,
     /// It has no outcome, and no route takes it.
     Unrouted,
+    /// It has no outcome, and only another worker of the pool has a route for it.
+    RoutedElsewhere,
     /// It has no outcome and the broker delivers it for the first time.
     Fresh {
         /// The attempt that it is.
@@ -208,6 +213,8 @@ pub enum Action {
     Record(Start),
     /// Call the handler.
     Run(Run),
+    /// Wait for somebody who has a route for it, within the grace; the key waits too.
+    Await,
     /// Note the failed attempt, then wait; the key waits too.
     Hold(Run, Duration),
     /// Record effect, results and outgoing events in one transaction.
@@ -268,6 +275,7 @@ impl State {
         match self {
             Self::Received => Action::Look,
             Self::Suspected { start, .. } => Action::Record(start),
+            Self::Unroutable => Action::Await,
             Self::Running(run) => Action::Run(run),
             Self::Holding { run, after } => Action::Hold(run, after),
             Self::Succeeded(_) => Action::CommitDone,
@@ -297,7 +305,8 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Received, F::Early { remaining, attempt }) => {
             S::Parking { after: remaining, attempt, record: Record::Absent }
         }
-        (S::Received, F::Unrouted) => S::Condemned(Doom::NoRoute),
+        (S::Received, F::Unrouted) | (S::Unroutable, F::Waited) => S::Condemned(Doom::NoRoute),
+        (S::Received, F::RoutedElsewhere) => S::Unroutable,
         (S::Received, F::Fresh { attempt }) => {
             S::Running(Run { attempt, company: Company::Shared, record: Record::Absent })
         }
@@ -349,7 +358,8 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
             leave(run.record, Exit::Abandoned)
         }
         (S::Parking { record, .. }, F::Gone) => leave(record, Exit::Abandoned),
-        (S::Suspected { .. } | S::Received | S::Burying | S::Safe, F::Gone) => S::Abandoned,
+        (S::Suspected { .. } | S::Received | S::Unroutable | S::Burying | S::Safe, F::Gone)
+        | (S::Unroutable, F::Interrupted) => S::Abandoned,
 
         // An outcome is recorded even where the channel is gone: the redelivery finds it.
         (S::Succeeded(_) | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,

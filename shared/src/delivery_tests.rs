@@ -35,7 +35,8 @@ fn explore_all(law: Law, content: Content, copies: u32, trouble: Trouble, seen: 
 
 #[test]
 fn every_path_ends_in_one_effect_or_one_verdict() {
-    let t = |crashes, losses, breaks, early| Trouble { crashes, losses, breaks, early, outdated: 0 };
+    let t = |crashes, losses, breaks, early| Trouble { crashes, losses, breaks, early, ..Trouble::default() };
+    let other = |trouble| Trouble { elsewhere: 2, ..trouble };
     let o = |crashes, losses| Trouble { outdated: 2, ..t(crashes, losses, 0, 0) };
     let mut seen = Seen::new();
     for wait in [Wait::InLadder, Wait::InPlace] {
@@ -60,6 +61,7 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
             ("an outdated state, and a lost channel", usual, Content::Routed, 1, o(0, 1)),
             ("an outdated state, and a second copy", usual, Content::Routed, 2, o(0, 0)),
             ("no route", usual, Content::Unrouted, 1, t(1, 1, 1, 0)),
+            ("a route elsewhere", usual, Content::Unrouted, 2, other(t(1, 1, 1, 0))),
             ("no event", usual, Content::Garbage, 1, t(1, 1, 1, 0)),
         ] {
             let worlds = explore_all(law, content, copies, trouble, &mut seen);
@@ -77,13 +79,13 @@ fn can_bring(action: Action, fact: Fact) -> bool {
     use {Action as A, Fact as F};
     match action {
         A::Look => {
-            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted)
+            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted | F::RoutedElsewhere)
                 || matches!(fact, F::Fresh { .. } | F::Redelivered { .. } | F::Gone | F::Broken)
         }
         A::Record(_) => matches!(fact, F::Recorded { .. } | F::Gone | F::Broken),
         // A handler runs on when its channel goes; a broken one has failed.
         A::Run(_) => matches!(fact, F::Succeeded | F::Failed { .. } | F::Interrupted),
-        A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
+        A::Await | A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
         A::CommitDone => matches!(fact, F::Committed | F::Superseded | F::Outdated | F::Broken),
         A::CommitDead(_) => matches!(fact, F::Committed | F::Superseded | F::Broken),
         A::Park { .. } | A::Bury => matches!(fact, F::Confirmed | F::Gone | F::Broken),
@@ -99,6 +101,7 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
     let (after, attempt) = (Duration::from_secs(1), 1);
     let states = [
         State::Received,
+        State::Unroutable,
         State::Suspected { attempt, start: Start { nth: 1, company: Company::Shared } },
         State::Suspected { attempt, start: Start { nth: 2, company: Company::Alone } },
         State::Running(run),
@@ -118,6 +121,7 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
         Fact::Early { remaining: after, attempt },
         Fact::Known,
         Fact::Unrouted,
+        Fact::RoutedElsewhere,
         Fact::Fresh { attempt },
         Fact::Redelivered { attempt },
         Fact::Recorded { unfinished: 0, failed: 0 },
@@ -159,7 +163,7 @@ fn a_broken_action_repeats_the_same_action() {
         assert_eq!(next(state, Fact::Broken, &law(Wait::InLadder)), Ok((state, state.action())));
         repeated += 1;
     }
-    assert_eq!(repeated, 11, "all but a run and the two ends");
+    assert_eq!(repeated, 12, "all but a run and the two ends");
 }
 
 /// An event that kills the process whenever it runs.
@@ -334,5 +338,11 @@ fn a_drained_delivery_is_left_to_the_broker_and_its_record_taken_back() {
             }
             assert_eq!((state, &asked), (State::Abandoned, &actions));
         }
+    }
+    let waiting = next(State::Received, Fact::RoutedElsewhere, &law(Wait::InLadder)).expect("legal");
+    assert_eq!(waiting, (State::Unroutable, Action::Await));
+    for fact in [Fact::Interrupted, Fact::Gone] {
+        let left = next(waiting.0, fact, &law(Wait::InLadder));
+        assert_eq!(left, Ok((State::Abandoned, Action::Stop)), "it comes to whoever has a route");
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct Trouble {
     pub(super) early: u32,
     /// Effects that rest on a state which another event changes.
     pub(super) outdated: u32,
+    /// Looks at which another worker has a route for what has none here.
+    pub(super) elsewhere: u32,
 }
 
 #[derive(Debug)]
@@ -182,7 +184,7 @@ impl World {
             if matches!(action, A::Park { .. } | A::Hold(..) | A::Bury) && oracle.choose(2) == 1 {
                 self.perform(action, life, oracle);
             }
-            let drained = matches!(action, A::Hold(..)) && oracle.choose(2) == 1;
+            let drained = matches!(action, A::Hold(..) | A::Await) && oracle.choose(2) == 1;
             return if drained { Fact::Interrupted } else { Fact::Gone };
         }
         if !matches!(action, A::Run(_)) && self.spend(oracle, |t| &mut t.breaks) {
@@ -203,6 +205,9 @@ impl World {
             Action::Look if self.spend(oracle, |t| &mut t.early) => {
                 Fact::Early { remaining: EARLY, attempt: life.attempt }
             }
+            Action::Look if self.content == Content::Unrouted && self.spend(oracle, |t| &mut t.elsewhere) => {
+                Fact::RoutedElsewhere
+            }
             Action::Look if self.content == Content::Unrouted => Fact::Unrouted,
             Action::Look if life.copy.again => Fact::Redelivered { attempt: life.attempt },
             Action::Look => Fact::Fresh { attempt: life.attempt },
@@ -216,6 +221,7 @@ impl World {
                 self.starts = self.starts.max(start.nth);
                 Fact::Recorded { unfinished: before, failed: self.failed }
             }
+            Action::Await => Fact::Waited,
             Action::Run(run) => self.run(run, life, oracle),
             Action::Hold(run, after) => {
                 assert_eq!((run.attempt, after, self.law.wait), (life.attempt, wait_after(run.attempt), Wait::InPlace));

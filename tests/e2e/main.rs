@@ -6,6 +6,7 @@ mod certificates;
 mod cluster;
 mod crashes;
 mod dead_letters;
+mod deploys;
 mod drain;
 mod embedded;
 mod fleet;

@@ -2,7 +2,7 @@
 use crate::admin::{self, Vitals};
 use crate::config::{self, File, Kind, Route, Routes};
 use crate::consumer::Subscriptions;
-use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
+use crate::fleet::{JoinError, Newcomer, Peers, Seats, Supervisor};
 use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Rust};
 use crate::job::House;
 use crate::load::Gauges;
@@ -14,6 +14,7 @@ use crate::shutdown::Stop;
 use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
 use crate::trace;
 use anyhow::Context as _;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -234,7 +235,7 @@ impl Worker {
             let store = open(&settings, &run).await?;
             introduce(&*store, &plans, settings.connect_timeout).await?;
             match settings.declare {
-                Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
+                Declare::Auto => declare::apply(&link, &topology.declarations_but_inflow()).await?,
                 Declare::Never => declare::check(&link, &topology.declarations()).await?,
             }
             anyhow::Ok((link, store))
@@ -277,6 +278,9 @@ impl Worker {
             running: 0,
             store: store.identity().to_owned(),
             partitions: settings.partitions,
+            lanes: settings.lanes.iter().map(|lane| lane.name.clone()).collect(),
+            routes: routes.iter().map(|route| route.on.to_string()).collect::<BTreeSet<_>>().into_iter().collect(),
+            lacking: Vec::new(),
             version: env!("CARGO_PKG_VERSION").into(),
             clock: 0,
             held: Vec::new(),
@@ -294,6 +298,14 @@ impl Worker {
             })?,
         };
 
+        // Only now: workers that have no route for what flows in know by now that this one has.
+        let bound = subscriptions.repair();
+        tokio::select! {
+            biased;
+            _ = stop.recv() => return told_early(&name),
+            bound = bound => bound?,
+        }
+
         // All of them share the connections.
         let mut transactions = None;
         let mut in_tx = || match &transactions {
@@ -303,6 +315,7 @@ impl Worker {
         let processes: Arc<dyn Handler> = Arc::new(Processes::new(plans, store.clone()));
         let handlers = routes.iter().map(|route| handler::build(route, &processes, &mut in_tx));
         let handlers: Vec<Arc<dyn Handler>> = handlers.collect::<Result<_, _>>()?;
+        let peers = Arc::new(Peers::default());
         let running = pipeline::start(Parts {
             routes: routes.clone(),
             handlers: handlers.clone(),
@@ -316,6 +329,8 @@ impl Worker {
                 limits: settings.limits,
             },
             concurrency: settings.concurrency,
+            peers: peers.clone(),
+            unknown_grace: settings.unknown_grace,
             owned: settings.order == Order::Key,
             store: store.clone(),
             publisher: publisher.clone(),
@@ -336,7 +351,8 @@ impl Worker {
             partitions = slots.len(),
             "worker '{name}' takes events"
         );
-        let mut supervisor = Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone());
+        let mut supervisor =
+            Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone(), peers);
 
         let conflict = tokio::select! {
             _ = stop.recv() => None,

@@ -13,6 +13,7 @@ mod tide;
 use crate::config::Routes;
 use crate::consumer::{self, Arrival, Subscriptions};
 use crate::fault;
+use crate::fleet::Peers;
 use crate::handler::{self, Context, Handler};
 use crate::job::{House, Job, Mark, Place};
 use crate::metrics::{self, Meters, names};
@@ -83,6 +84,9 @@ pub(crate) struct Parts {
     pub(crate) house: House,
     pub(crate) context: Context,
     pub(crate) concurrency: usize,
+    pub(crate) peers: Arc<Peers>,
+    /// How long an event waits that only another worker has a route for.
+    pub(crate) unknown_grace: Duration,
     /// Whether each partition has one owner, who relays what its last owner left.
     pub(crate) owned: bool,
     pub(crate) store: Arc<dyn Store>,
@@ -326,6 +330,7 @@ impl Pipeline {
             }
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
             Action::Run(_) => self.launch(id),
+            Action::Await => self.await_route(id),
             Action::Hold(run, after) => self.hold(id, run.attempt, after),
             Action::Ack => {
                 fault::point("before-ack");

@@ -156,6 +156,29 @@ impl Pipeline {
         self.launch(id);
     }
 
+    /// Another worker has a route for it: the pool learns that ours do not suffice there, and gives it the partition.
+    pub(super) fn await_route(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let queue = &job.ticket.place().queue;
+        self.parts.peers.lack(queue);
+        let (tell, grace) = (self.tell.clone(), self.parts.unknown_grace);
+        if let Some(event) = job.event() {
+            tracing::warn!(
+                id = event.id(),
+                r#type = event.kind(),
+                key = %event.key(),
+                partition = &**queue,
+                "event '{}' waits {grace:?} at most: only another worker of this pool has a route for its type",
+                event.id()
+            );
+        }
+        let task = tokio::spawn(async move {
+            tokio::time::sleep(grace).await;
+            let _ = tell.send(News::Waited(id));
+        });
+        job.abort = Some(task.abort_handle());
+    }
+
     pub(super) fn hold(&mut self, id: Id, failed: u32, after: Duration) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let (store, tell, suspect) = (self.parts.store.clone(), self.tell.clone(), job.suspect());

@@ -74,7 +74,8 @@ impl Pipeline {
         let fact = if !job.ticket.may_begin() {
             Fact::Gone
         } else if job.route().is_none() {
-            Fact::Unrouted
+            let elsewhere = job.event().is_some_and(|event| self.parts.peers.take(event.kind()));
+            if elsewhere { Fact::RoutedElsewhere } else { Fact::Unrouted }
         } else if job.redelivered {
             Fact::Redelivered { attempt }
         } else {
