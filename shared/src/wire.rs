@@ -6,6 +6,7 @@ use crate::event::{Data, Event, Identity, Limits, Unreadable, Value, excerpt, is
 use crate::json;
 use crate::seal::SEAL;
 use crate::structured::is_json;
+use std::time::Duration;
 
 /// A header's value, as far as an attribute can use it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -48,8 +49,8 @@ pub struct Message {
 
 /// The attempt that this delivery is, counted from 1.
 pub const ATTEMPT: &str = "warren-attempt";
-/// Not before this time, in milliseconds since 1970.
-pub const DUE: &str = "warren-due";
+/// What is left of its wait after this delivery, in milliseconds: two machines' clocks need not agree on a moment.
+pub const LEFT: &str = "warren-left";
 /// The lane it asks for.
 pub const LANE: &str = "warren-lane";
 /// How often it was replayed from the dead letters.
@@ -66,8 +67,8 @@ pub struct Incoming {
     pub identified: Identified,
     /// The attempt that this is, counted from 1.
     pub attempt: u32,
-    /// Not before this time, in milliseconds since 1970.
-    pub due: Option<i64>,
+    /// What is left of its wait.
+    pub left: Duration,
     /// How often it was replayed from the dead letters.
     pub replayed: u32,
     /// Its AMQP priority.
@@ -143,7 +144,7 @@ impl Message {
         }
         let small = |name| self.number(name).and_then(|n| u32::try_from(n).ok());
         let (attempt, replayed) = (small(ATTEMPT).unwrap_or(1).max(1), small(REPLAYED).unwrap_or(0));
-        let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
+        let left = Duration::from_millis(self.number(LEFT).unwrap_or(0));
         let priority = self.priority.unwrap_or(0);
         let content_type = self.content_type.as_deref().unwrap_or_default();
         let mut identified = Identified::ByItself;
@@ -161,7 +162,7 @@ impl Message {
             }
             self.open_plain(body, limits, fresh_id)?
         };
-        Ok(Incoming { identity: event.identity(), event, identified, attempt, due, replayed, priority })
+        Ok(Incoming { identity: event.identity(), event, identified, attempt, left, replayed, priority })
     }
 
     fn open_binary(self, body: &[u8], limits: Limits) -> Result<Event, Unreadable> {

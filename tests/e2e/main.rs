@@ -3,6 +3,7 @@
 mod basics;
 mod broker_faults;
 mod certificates;
+mod clocks;
 mod cluster;
 mod crashes;
 mod dead_letters;

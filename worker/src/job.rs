@@ -10,7 +10,7 @@ use warren_shared::delivery::{Action, Doom, Fact, State};
 use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
 use warren_shared::topology::{BUS, Topology};
-use warren_shared::wire::{ATTEMPT, DUE, Identified, LANE, REPLAYED};
+use warren_shared::wire::{ATTEMPT, Identified, LANE, LEFT, REPLAYED};
 use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
@@ -39,6 +39,8 @@ pub(crate) struct Job {
     pub(crate) state: State,
     /// Whether the store counts its start.
     pub(crate) mark: Mark,
+    /// Whether the store was told of an attempt that failed in place.
+    pub(crate) noted: bool,
     /// What is known of it, and waits until what another worker left is relayed.
     pub(crate) known: Option<Fact>,
     /// The hash of its key, where the schedule handed it out.
@@ -134,6 +136,7 @@ impl Job {
             content,
             state: State::Received,
             mark: Mark::Absent,
+            noted: false,
             known: None,
             key: None,
             priority: 0,
@@ -243,7 +246,7 @@ impl Job {
         }
         sent.extend(later.iter().map(|(after, event)| {
             let lane = event.lane().map(str::to_owned);
-            delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())
+            delayed(house, event, *after, 1, lane.as_deref())
         }));
         sent
     }
@@ -253,10 +256,10 @@ impl Job {
         Entry { seen: self.seen(), started: self.started(), partition: self.ticket.place().queue.clone() }
     }
 
-    /// Whose record of starts its outcome ends. A first delivery of a first attempt has none; a later attempt may have
-    /// what an earlier one left, when the process died in it.
+    /// Whose record of starts its outcome ends. A first delivery of a first attempt has none, until it fails in place; a later
+    /// attempt may have what an earlier one left, when the process died in it.
     fn started(&self) -> Option<Identity> {
-        if self.redelivered || self.attempt() > 1 { self.suspect() } else { None }
+        if self.redelivered || self.attempt() > 1 || self.noted { self.suspect() } else { None }
     }
 
     pub(crate) fn cause(&self, doom: Doom, handler: String) -> Cause {
@@ -275,10 +278,10 @@ impl Job {
     }
 
     /// The copy that waits in a delay queue, or the dead letter of what is no event.
-    pub(crate) fn copy(&self, house: &House, now_ms: i64) -> Option<Message> {
+    pub(crate) fn copy(&self, house: &House) -> Option<Message> {
         match (self.state.action(), &self.content) {
             (Action::Park { after, attempt }, Content::Event { event, replayed, .. }) => {
-                let mut message = delayed(house, event, after, now_ms, attempt, Some(&self.ticket.place().lane_name));
+                let mut message = delayed(house, event, after, attempt, Some(&self.ticket.place().lane_name));
                 if *replayed > 0 {
                     message.set(REPLAYED, *replayed);
                 }
@@ -316,10 +319,13 @@ impl Job {
 }
 
 /// An event that comes to the pool after a time.
-fn delayed(house: &House, event: &Event, after: Duration, now_ms: i64, attempt: u32, lane: Option<&str>) -> Message {
-    let mut message = Message::to_lane(event, &house.topology.delay(Step::toward(after)), lane);
+fn delayed(house: &House, event: &Event, after: Duration, attempt: u32, lane: Option<&str>) -> Message {
+    let (step, left) = Step::toward(after);
+    let mut message = Message::to_lane(event, &house.topology.delay(step), lane);
     message.set(ATTEMPT, attempt);
-    message.set(DUE, now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
+    if !left.is_zero() {
+        message.set(LEFT, i64::try_from(left.as_millis()).unwrap_or(i64::MAX));
+    }
     message
 }
 

@@ -254,7 +254,7 @@ impl Worker {
             Outbox::start(store.clone(), publisher.clone(), subscriptions.clone(), &settings.pool, settings.limits);
 
         let pulse = Arc::new(Pulse::default());
-        pulse.turned.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+        pulse.turn();
         let vitals = Vitals {
             pulse: pulse.clone(),
             subscriptions: subscriptions.clone(),

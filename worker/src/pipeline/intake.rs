@@ -1,5 +1,5 @@
 //! Deliveries on their way in: adoption before the first, then a job each, then the schedule.
-use super::{Id, News, Pipeline, millis, now_ms};
+use super::{Id, News, Pipeline, millis};
 use crate::consumer::Arrival;
 use crate::fault;
 use crate::job::Job;
@@ -73,7 +73,7 @@ impl Pipeline {
 
     pub(super) fn admit(&mut self, arrivals: Vec<Arrival>) {
         let since = Instant::now();
-        let (now, monotonic) = (now_ms(), millis(since.duration_since(self.started)));
+        let monotonic = millis(since.duration_since(self.started));
         for Arrival { ticket, redelivered, content, born } in arrivals {
             fault::point("received");
             let id = self.next;
@@ -91,13 +91,12 @@ impl Pipeline {
                 self.anonymous(&incoming);
             }
             let route = self.parts.routes.of(&incoming.event);
-            let (lane, priority, attempt, due) =
-                (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
+            let (lane, priority, attempt, remaining) =
+                (ticket.place().lane, incoming.priority, incoming.attempt, incoming.left);
             self.meters.of(lane, route).received.increment(1);
             let job = Job { born, ..Job::of_event(ticket, redelivered, incoming, route, since) };
             let key = self.hasher.hash_one(job.turn());
             self.jobs.insert(id, job);
-            let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
             if remaining > DUE {
                 self.fact(id, Fact::Early { remaining, attempt });
             } else {

@@ -27,8 +27,8 @@ use rustc_hash::FxHashMap;
 use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tide::{Level, Tide};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -99,12 +99,25 @@ pub(crate) struct Parts {
 /// Signs of life for probes.
 #[derive(Debug, Default)]
 pub struct Pulse {
-    /// Milliseconds since 1970 of the loop's last turn.
-    pub turned: AtomicI64,
+    turned: Mutex<Option<Instant>>,
     /// Handlers that run.
     pub running: AtomicUsize,
     /// Whether the store refused its last call.
     pub store_fails: AtomicBool,
+}
+
+impl Pulse {
+    /// The loop turns.
+    pub(crate) fn turn(&self) {
+        *self.turned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// How long ago the loop last turned. Not by the clock of the day, which may be set.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let turned = *self.turned.lock().unwrap_or_else(PoisonError::into_inner);
+        turned.map_or(Duration::ZERO, |turned| turned.elapsed())
+    }
 }
 
 /// The loop's state.
@@ -409,7 +422,7 @@ impl Pipeline {
     }
 
     fn gauge(&self) {
-        self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
+        self.parts.pulse.turn();
         self.parts.pulse.running.store(self.active, Ordering::Relaxed);
         let level = self.level();
         metrics::set(names::RUNNING, level.active as f64);
@@ -424,10 +437,6 @@ impl Pipeline {
             tracing::debug!(?oldest, jobs = self.jobs.len(), "the oldest delivery here");
         }
     }
-}
-
-fn now_ms() -> i64 {
-    jiff::Timestamp::now().as_millisecond()
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -181,6 +181,7 @@ impl Pipeline {
 
     pub(super) fn hold(&mut self, id: Id, failed: u32, after: Duration) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.noted = true;
         let (store, tell, suspect) = (self.parts.store.clone(), self.tell.clone(), job.suspect());
         let task = tokio::spawn(async move {
             // Before anything else may begin: a death while its start counts would be laid at its door.

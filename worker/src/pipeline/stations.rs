@@ -1,7 +1,7 @@
 //! Where work for the store and the broker gathers, and what their answers mean.
 //!
 //! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
-use super::{Id, News, Pipeline, now_ms};
+use super::{Id, News, Pipeline};
 use crate::consumer::Proof;
 use crate::fault;
 use crate::job::{Content, Job, Mark};
@@ -404,8 +404,7 @@ impl Pipeline {
                 }
             }
             Station::Publish => {
-                let now = now_ms();
-                let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house, now);
+                let copy = |id: &Id| self.jobs.get(id)?.copy(&self.parts.house);
                 let copies: Vec<Message> = ids.iter().filter_map(copy).collect();
                 let publisher = self.parts.publisher.clone();
                 self.ask(async move { News::Published(ids, publisher.publish_all(copies).await) });
