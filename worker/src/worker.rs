@@ -476,7 +476,8 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
                 tracing::info!(rows = rows.len(), "publishing what dead workers left");
                 outbox.push(rows);
             }
-            store.prune(retention).await
+            // Workers know the store's time as it was at the last beat of another.
+            store.prune(retention + 2 * BEAT).await
         };
         match kept.await {
             Ok(0) => {}

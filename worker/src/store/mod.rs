@@ -4,6 +4,7 @@
 mod postgres;
 mod sqlite;
 mod state;
+mod time;
 
 #[cfg(test)]
 mod exam;

@@ -1,4 +1,5 @@
-//! The store in PostgreSQL, for fleets: a schema a pool, one transaction a batch, the server's clock for all.
+//! The store in PostgreSQL, for fleets: a schema a pool, one transaction a batch. Age is told by the store's time
+//! (`../time.rs`), the server's clock is for people.
 //!
 //! A batch is one statement in one transaction, sent in one flight; the statement says which effects are fresh
 //! (`record.rs`). The inbox is a table a period (`periods.rs`). A commit whose answer was lost is resolved by the inbox when
@@ -17,6 +18,7 @@ pub use self::tx::{Transactions, Tx, TxError};
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
+use super::time::StoreTime;
 use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,6 +45,7 @@ struct Inner {
     class: i32,
     worker: String,
     identity: String,
+    time: StoreTime,
     periods: Mutex<Arc<Periods>>,
     /// Events whose last commit may have happened although its answer never came.
     uncertain: Mutex<HashSet<Identity>>,
@@ -68,13 +71,14 @@ impl Postgres {
         let sessions = Sessions::new(server.clone(), OWN)?;
         let schema = schema::name(pool);
         let deadline = Instant::now() + patience;
-        let (identity, periods) = loop {
+        let (identity, time, periods) = loop {
             let opened = async {
                 let lease = sessions.lease().await?;
                 let identity = schema::migrate(&lease, &schema, pool).await?;
+                let time = StoreTime::from(schema::time(&lease, &schema).await?);
                 let periods = Periods::read(&lease, &schema).await?;
                 lease.keep();
-                Ok((identity, periods))
+                Ok((identity, time, periods))
             };
             match tokio::time::timeout(patience.max(*PATIENCE), opened).await {
                 Ok(Ok(opened)) => break opened,
@@ -95,6 +99,7 @@ impl Postgres {
             schema,
             worker: worker.into(),
             identity,
+            time,
             periods: Mutex::new(Arc::new(periods)),
             uncertain: Mutex::default(),
         })))
@@ -116,6 +121,11 @@ impl Postgres {
 impl Inner {
     fn periods(&self) -> Arc<Periods> {
         self.periods.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The store's time now, in SQL.
+    fn now(&self) -> String {
+        moment(self.time.now())
     }
 
     /// A transaction of a phase holds its lock: what its beginning selects.
@@ -201,7 +211,7 @@ impl Inner {
         for chunk in chunks {
             let may = if many { state::current(lease, &self.schema, chunk).await? } else { Vec::new() };
             let batch = Batch::of(chunk, &may, &self.worker).map_err(unwritable)?;
-            let (sql, values) = (batch.statement(&self.schema, periods, ""), batch.values());
+            let (sql, values) = (batch.statement(&self.schema, periods, &self.now(), ""), batch.values());
             let rows =
                 if many { lease.query_typed(&sql, &values).await } else { lease.transact(&begin, &sql, &values).await };
             let Some(rows) = current(rows, periods, 0)? else { return Ok(None) };
@@ -277,7 +287,8 @@ impl Inner {
 
     async fn adopt(&self, left: &Left) -> Result<Vec<Row>, StoreError> {
         let s = &self.schema;
-        let silent = format!("NOT IN (SELECT id FROM {s}.workers WHERE seen >= now() - make_interval(secs => $2))");
+        let now = self.now();
+        let silent = format!("NOT IN (SELECT id FROM {s}.workers WHERE seen >= {now} - make_interval(secs => $2))");
         let (which, name, age);
         let value: (&(dyn ToSql + Sync), Type) = match left {
             Left::In(partition) => {
@@ -318,9 +329,9 @@ impl Inner {
             *most = (*most).max(i32::try_from(*nth).unwrap_or(i32::MAX));
         }
         let (identities, counts): (Vec<Uuid>, Vec<i32>) = most.into_iter().unzip();
-        let s = &self.schema;
+        let (s, now) = (&self.schema, self.now());
         let sql = format!(
-            "WITH counted AS (INSERT INTO {s}.starts AS s SELECT identity, nth, 0, clock_timestamp()
+            "WITH counted AS (INSERT INTO {s}.starts AS s SELECT identity, nth, 0, {now}
                  FROM unnest($1::uuid[], $2::integer[]) AS e(identity, nth) WHERE nth > 0
                  ON CONFLICT (identity) DO UPDATE SET starts = greatest(s.starts, excluded.starts), at = excluded.at)
              SELECT identity, starts, failed FROM {s}.starts WHERE identity = ANY($1)"
@@ -357,9 +368,10 @@ impl Inner {
 
     async fn note(&self, event: Identity, failed: u32) -> Result<(), StoreError> {
         let sql = format!(
-            "INSERT INTO {}.starts VALUES ($1, 0, $2, clock_timestamp()) ON CONFLICT (identity)
+            "INSERT INTO {}.starts VALUES ($1, 0, $2, {}) ON CONFLICT (identity)
              DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
-            self.schema
+            self.schema,
+            self.now()
         );
         let failed = i32::try_from(failed).unwrap_or(i32::MAX);
         self.write(&sql, &[(&uuid(&event), Type::UUID), (&failed, Type::INT4)]).await.map(drop)
@@ -367,16 +379,18 @@ impl Inner {
 
     async fn prune(&self, window: Duration) -> Result<u64, StoreError> {
         let lease = self.sessions.lease().await?;
-        let gone = periods::turn(&lease, &self.schema, self.class, window).await?;
+        let gone = periods::turn(&lease, &self.schema, self.class, window, &self.now()).await?;
         lease.keep();
         self.reread().await?;
         let sql = format!(
-            "WITH gone AS (DELETE FROM {}.starts WHERE at < clock_timestamp() - make_interval(secs => $1) RETURNING 1)
+            "WITH gone AS (DELETE FROM {}.starts WHERE at < {} - make_interval(secs => $1) RETURNING 1)
              SELECT count(*) FROM gone",
-            self.schema
+            self.schema,
+            self.now()
         );
         let starts = self.write(&sql, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
-        let states = self.write(&state::prune(&self.schema), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        let states =
+            self.write(&state::prune(&self.schema, &self.now()), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
         Ok(gone
             + states.len() as u64
             + starts.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
@@ -431,7 +445,7 @@ impl Store for Postgres {
                 (ended, Type::BOOL),
                 (body, Type::BYTEA),
             ];
-            inner.write(&state::keep(&inner.schema), values).await.map(drop)
+            inner.write(&state::keep(&inner.schema, &inner.now()), values).await.map(drop)
         })
     }
 
@@ -456,11 +470,15 @@ impl Store for Postgres {
 
     fn beat(&self) -> Reply<()> {
         self.call(|inner| async move {
+            let (s, now) = (&inner.schema, inner.time.now());
             let sql = format!(
-                "INSERT INTO {}.workers VALUES ($1, clock_timestamp()) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
-                inner.schema
+                "WITH beat AS (INSERT INTO {s}.workers VALUES ($1, {}) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen)
+                 UPDATE {s}.meta SET value = greatest(value::bigint, {now})::text WHERE name = 'time' RETURNING value::bigint",
+                moment(now)
             );
-            inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await.map(drop)
+            let kept = inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await?;
+            kept.iter().for_each(|row| inner.time.hear(row.get(0)));
+            Ok(())
         })
     }
 
@@ -475,6 +493,11 @@ impl Store for Postgres {
     fn transactions(&self, most: usize) -> Result<Transactions, StoreError> {
         Ok(Transactions::new(self.0.clone(), Sessions::new(self.0.server.clone(), most)?))
     }
+}
+
+/// A moment of the store's time, in SQL.
+fn moment(millis: i64) -> String {
+    format!("to_timestamp({millis}::float8 / 1000)")
 }
 
 /// The answer, if its phase still holds; the phase stands in this column of the first row.

@@ -238,7 +238,7 @@ impl Transactions {
                     }
                 }
             }
-            let (sql, values) = (batch.statement(&inner.schema, &periods, xid), batch.values());
+            let (sql, values) = (batch.statement(&inner.schema, &periods, &inner.now(), xid), batch.values());
             let (begun, rows) = join(lease.batch_execute(&begin), lease.query_typed(&sql, &values)).await;
             begun?;
             let Some(rows) = super::current(rows, &periods, 0)? else {

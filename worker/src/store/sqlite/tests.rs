@@ -237,6 +237,36 @@ async fn every_old_outcome_and_start_is_counted_as_it_goes() {
     assert_eq!(gone, 2001);
 }
 
+/// As far as the store is concerned, a step of the clock by a month is that everything in it was written a month before.
+#[tokio::test]
+async fn a_step_of_the_clock_makes_nothing_older() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    let (sealed, recent) = (named("sealed", 300, Outcome::Dead), named("recent", 20, Outcome::Done));
+    store.commit(Arc::new(sealed.clone())).await.expect("takes them");
+    store.commit(Arc::new(recent.clone())).await.expect("takes them");
+    store.start(vec![(Identity::of("/tests", "start"), 1)]).await.expect("answers");
+    store.beat().await.expect("takes it");
+    drop(store);
+    let month = 30 * 86_400_000_i64;
+    let earlier = format!(
+        "UPDATE inbox SET at = at - {month}; UPDATE runs SET newest = newest - {month}; UPDATE dead SET at = at - {month};
+         UPDATE starts SET at = at - {month}; UPDATE workers SET seen = seen - {month};
+         UPDATE meta SET value = value - {month} WHERE name = 'time'"
+    );
+    Connection::open(&path).and_then(|connection| connection.execute_batch(&earlier)).expect("done");
+    let store = Sqlite::open(&path, "b").expect("it opens");
+    store.beat().await.expect("takes it");
+    for _ in 0..256 {
+        assert_eq!(store.prune(Duration::from_secs(7 * 86_400)).await.expect("answers"), 0);
+    }
+    assert_eq!((known(&store, &sealed).await, known(&store, &recent).await), (300, 20));
+    assert_eq!(deaths(&store).await, 300);
+    // Nor is a worker silent that was heard of a moment ago.
+    assert_eq!(store.adopt(Left::Silent(Duration::from_secs(20))).await.expect("answers"), []);
+}
+
 #[tokio::test]
 async fn a_file_belongs_to_the_pool_that_used_it_first() {
     let directory = tempfile::tempdir().expect("a directory");
