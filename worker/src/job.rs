@@ -1,7 +1,7 @@
 //! A delivery on its way through the worker: what it is, and what its outcome writes.
 use crate::consumer::{Proof, Ticket};
 use crate::handler::Reply;
-use crate::store::{Effect, Entry, Kept, Outcome, Recorded, Seen};
+use crate::store::{Effect, Entry, Kept, Other, Outcome, Recorded, Seen};
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -47,6 +47,8 @@ pub(crate) struct Job {
     pub(crate) key: Option<u64>,
     /// How urgent it is in its lane.
     pub(crate) priority: u8,
+    /// Who may have died with it, when that was asked first.
+    pub(crate) accusation: Option<Accusation>,
     /// What the handler returned.
     pub(crate) reply: Reply,
     /// The state that its handler waits for.
@@ -64,6 +66,26 @@ pub(crate) struct Job {
     pub(crate) since: Instant,
     /// When its event happened, in milliseconds since 1970.
     pub(crate) born: Option<i64>,
+}
+
+/// Who may have died with an event, and when that was told.
+#[derive(Debug)]
+pub(crate) struct Accusation {
+    /// Beats of this worker until then.
+    pub(crate) beats: u64,
+    pub(crate) others: Vec<Other>,
+}
+
+impl Accusation {
+    /// How many of those that are named now may have died, and whether all of them did: who beat since lives, and who did not
+    /// after so long is dead.
+    pub(crate) fn judge(&self, now: &[Other], long: bool) -> (usize, bool) {
+        let known = |other: &Other| self.others.iter().find(|known| known.run == other.run);
+        let lives = |other: &&Other| known(other).is_some_and(|known| other.seen > known.seen);
+        let met: Vec<&Other> = now.iter().filter(|other| !lives(other)).collect();
+        let proven = long && met.iter().all(|other| known(other).is_some());
+        (met.len(), proven)
+    }
 }
 
 /// What is handled one after the other.
@@ -140,6 +162,7 @@ impl Job {
             known: None,
             key: None,
             priority: 0,
+            accusation: None,
             reply: Reply::default(),
             needs: None,
             kept: None,
@@ -307,9 +330,10 @@ impl Job {
         }
     }
 
-    /// Whether it holds one of its route's places. A wait in place holds it too: the next attempt does not ask again.
+    /// Whether it holds one of its route's places. A wait in place holds it too: what follows does not ask again.
     pub(crate) fn holds_place(&self) -> bool {
-        self.place() != Place::Elsewhere || self.key.is_some() && matches!(self.state, State::Holding { .. })
+        let waits = matches!(self.state, State::Holding { .. } | State::Accused { .. });
+        self.place() != Place::Elsewhere || self.key.is_some() && waits
     }
 
     /// How long it has been here.
@@ -357,5 +381,25 @@ pub(crate) fn outgoing(event: &Event) -> Message {
 impl House {
     pub(crate) fn scene(&self) -> Scene {
         Scene { worker: self.worker.clone(), at: jiff::Timestamp::now().to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_beat_since_lives_and_who_did_not_for_so_long_is_dead() {
+        let other = |run: &str, seen| Other { run: run.into(), seen };
+        let first = vec![other("a", Some(5)), other("b", Some(7)), other("c", None)];
+        let accusation = Accusation { beats: 0, others: first.clone() };
+        assert_eq!(accusation.judge(&first, false), (3, false), "it is too early to tell");
+        assert_eq!(accusation.judge(&first, true), (3, true));
+        // One beat; one was forgotten for its silence; one is known again.
+        let now = [other("a", Some(6)), other("b", None), other("c", Some(1))];
+        assert_eq!(accusation.judge(&now, false), (1, false));
+        assert_eq!(accusation.judge(&now, true), (1, true));
+        assert_eq!(accusation.judge(&[], false), (0, false));
+        assert_eq!(accusation.judge(&[other("new", Some(1))], true), (1, false), "it was not watched");
     }
 }

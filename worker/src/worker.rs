@@ -16,12 +16,13 @@ use crate::trace;
 use anyhow::Context as _;
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 use warren_publisher::declare::{self};
+use warren_publisher::pace::paced;
 use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
 use warren_publisher::{Broker, Publisher, Refused, Seal};
@@ -338,12 +339,12 @@ impl Worker {
             subscriptions: subscriptions.clone(),
             pulse,
         });
-        let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
+        let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention, vitals.pulse.clone()));
         let gauges =
             Gauges::new(vitals.clone(), running.orders.clone(), &topology, settings.concurrency, settings.work_off);
         let gauges = tokio::spawn(gauges.watch());
         let prober = tokio::spawn(probe(publisher, topology.probe(), subscriptions.clone()));
-        let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
+        let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox, &store);
         tracing::info!(
             worker = name,
             pool = settings.pool,
@@ -384,6 +385,10 @@ impl Worker {
         keeper.abort();
         prober.abort();
         gauges.abort();
+        // Whatever it left unfinished comes again, and died of nothing.
+        if !matches!(tokio::time::timeout(SETTLE, store.leave()).await, Ok(Ok(()))) {
+            tracing::warn!("the store does not take it that this worker ends: its silence will pass for a death");
+        }
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
@@ -457,12 +462,13 @@ pub fn worker_name(settings: &Settings) -> String {
 }
 
 /// A worker that was not heard of for so long is dead: its outbox rows are published by another.
-const SILENT: Duration = Duration::from_secs(20);
-const BEAT: Duration = Duration::from_secs(5);
+static SILENT: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(20)));
+/// How often a worker tells the store that it lives.
+pub(crate) static BEAT: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(5)));
 
 /// Tells the store that this worker lives, adopts what dead workers left, and prunes by time.
-async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
-    let mut tick = tokio::time::interval(BEAT);
+async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration, pulse: Arc<Pulse>) {
+    let mut tick = tokio::time::interval(*BEAT);
     // Since when our own beats come through: while the store was away nobody's did, and nobody is dead for that.
     let mut beating: Option<tokio::time::Instant> = None;
     loop {
@@ -470,14 +476,15 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
         let kept = async {
             let begun = tokio::time::Instant::now();
             store.beat().await.inspect_err(|_| beating = None)?;
-            let proven = begun - *beating.get_or_insert(begun) >= SILENT;
-            let rows = if proven { store.adopt(Left::Silent(SILENT)).await? } else { Vec::new() };
+            pulse.beats.fetch_add(1, Ordering::Relaxed);
+            let proven = begun - *beating.get_or_insert(begun) >= *SILENT;
+            let rows = if proven { store.adopt(Left::Silent(*SILENT)).await? } else { Vec::new() };
             if !rows.is_empty() {
                 tracing::info!(rows = rows.len(), "publishing what dead workers left");
                 outbox.push(rows);
             }
             // Workers know the store's time as it was at the last beat of another.
-            store.prune(retention + 2 * BEAT).await
+            store.prune(retention + 2 * *BEAT).await
         };
         match kept.await {
             Ok(0) => {}
@@ -493,7 +500,7 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
 /// Asks for a confirm of a replicated queue, so that even a worker that has nothing to publish leaves a node that is cut
 /// off from the others: it keeps its connections open, and what it took from the queues it leads cannot be acked there.
 async fn probe(publisher: Publisher, exchange: String, subscriptions: Arc<Subscriptions>) {
-    let mut tick = tokio::time::interval(BEAT);
+    let mut tick = tokio::time::interval(*BEAT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut refused_before = false;
     loop {

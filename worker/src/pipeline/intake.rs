@@ -44,20 +44,24 @@ impl Pipeline {
         let (store, tell) = (self.parts.store.clone(), self.tell.clone());
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            let rows = store.adopt(Left::In(partition)).await;
-            let _ = tell.send(News::Adopted(epoch, rows));
+            let adopted = async {
+                let before = store.own(partition.clone()).await?;
+                Ok((before, store.adopt(Left::In(partition)).await?))
+            };
+            let _ = tell.send(News::Adopted(epoch, adopted.await));
         });
     }
 
-    pub(super) fn adopted(&mut self, epoch: u64, rows: Result<Vec<Row>, StoreError>) {
-        match rows {
-            Ok(rows) => {
+    pub(super) fn adopted(&mut self, epoch: u64, adopted: Result<(Option<Arc<str>>, Vec<Row>), StoreError>) {
+        match adopted {
+            Ok((before, rows)) => {
                 if !rows.is_empty() {
                     tracing::info!(rows = rows.len(), "publishing what the partition's last owner left");
                     // They are ours even if the epoch has ended meanwhile: nobody else would publish them.
                     self.parts.outbox.push(rows);
                 }
                 let Some(waiting) = self.epochs.get_mut(&epoch) else { return };
+                self.before.extend(before.map(|before| (epoch, before)));
                 let arrivals = waiting.take().unwrap_or_default();
                 self.admit(arrivals);
             }
@@ -133,6 +137,7 @@ impl Pipeline {
     /// Lets go of an epoch's deliveries that have not begun, or wait in place.
     fn give_back(&mut self, epoch: u64, why: Fact) {
         self.epochs.remove(&epoch);
+        self.before.remove(&epoch);
         let Self { schedule, jobs, places, tide, .. } = self;
         let mut drop = |jobs: &mut FxHashMap<Id, Job>, id| jobs.remove(&id).iter().for_each(|job| tide.left(job.since));
         for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {

@@ -8,6 +8,7 @@ mod intake;
 mod places;
 mod runs;
 mod stations;
+mod suspects;
 mod tide;
 
 use crate::config::Routes;
@@ -27,7 +28,7 @@ use rustc_hash::FxHashMap;
 use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tide::{Level, Tide};
@@ -50,7 +51,7 @@ const AHEAD: usize = 1024;
 /// What the loop learns.
 #[derive(Debug)]
 enum News {
-    Adopted(u64, Result<Vec<Row>, StoreError>),
+    Adopted(u64, Result<(Option<Arc<str>>, Vec<Row>), StoreError>),
     Looked(Vec<Id>, Result<Vec<Option<Committed>>, StoreError>),
     Loaded(Vec<Id>, Result<Vec<Option<Kept>>, StoreError>),
     Started(Vec<Id>, Result<Vec<Start>, StoreError>),
@@ -104,6 +105,8 @@ pub struct Pulse {
     pub running: AtomicUsize,
     /// Whether the store refused its last call.
     pub store_fails: AtomicBool,
+    /// How often this worker told the store that it lives.
+    pub beats: AtomicU64,
 }
 
 impl Pulse {
@@ -154,6 +157,8 @@ pub(crate) struct Pipeline {
     solo: Option<Id>,
     /// Epochs whose partition is ours, and arrivals that wait until the last owner's rows are relayed.
     epochs: HashMap<u64, Option<Vec<Arrival>>>,
+    /// Who had an epoch's partition before, where it did not give it back.
+    before: HashMap<u64, Arc<str>>,
     drained: Option<oneshot::Sender<()>>,
     draining: bool,
     warned_anonymous: bool,
@@ -198,6 +203,7 @@ pub(crate) fn start(parts: Parts) -> Running {
         alone: VecDeque::new(),
         solo: None,
         epochs: HashMap::new(),
+        before: HashMap::new(),
         drained: None,
         draining: false,
         warned_anonymous: false,
@@ -343,7 +349,10 @@ impl Pipeline {
             }
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
             Action::Run(_) => self.launch(id),
+            // It would hold a drain up, or a hand-over.
+            Action::Await | Action::Prove if self.draining || !self.may_begin(id) => self.fact(id, Fact::Interrupted),
             Action::Await => self.await_route(id),
+            Action::Prove => self.await_life(id),
             Action::Hold(run, after) => self.hold(id, run.attempt, after),
             Action::Ack => {
                 fault::point("before-ack");
@@ -357,6 +366,10 @@ impl Pipeline {
                 self.remove(id);
             }
         }
+    }
+
+    fn may_begin(&self, id: Id) -> bool {
+        self.jobs.get(&id).is_some_and(|job| job.ticket.may_begin())
     }
 
     fn remove(&mut self, id: Id) -> Option<Job> {

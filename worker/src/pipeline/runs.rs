@@ -1,10 +1,10 @@
 //! Handlers running: together, or alone where one may have killed the process.
-use super::stations::{Queue, Station};
+use super::stations::Station;
 use super::{Id, News, Pipeline, chance};
 use crate::fault;
 use crate::handler::{self, Call, Context};
 use crate::job::Mark;
-use crate::store::{Kept, Start};
+use crate::store::Kept;
 use crate::trace::{self, Span};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -208,16 +208,6 @@ impl Pipeline {
         }
     }
 
-    pub(super) fn started(&mut self, id: Id, start: Start) {
-        self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed });
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        // The law lets it run where its start counts, and only there.
-        job.mark = if matches!(job.state, State::Running(_)) { Mark::Present } else { Mark::Absent };
-        if !job.ticket.is_live() {
-            self.unmark(id);
-        }
-    }
-
     pub(super) fn unstarted(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.mark = Mark::Absent;
@@ -226,34 +216,11 @@ impl Pipeline {
         }
     }
 
-    /// Has the store count a start.
-    pub(super) fn mark(&mut self, id: Id) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.mark = Mark::Coming;
-        self.enqueue(Station::Start, id);
-    }
-
     /// Takes the record of a start back, whatever becomes of the job.
     pub(super) fn unmark(&mut self, id: Id) {
         if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.mark == Mark::Present) {
             job.mark = Mark::Going;
             self.enqueue(Station::Unstart, id);
-        }
-    }
-
-    /// A suspect runs when nothing else does, nothing handled is unrecorded and no other's start is counted: a crash
-    /// then has one possible cause.
-    pub(super) fn turn_of_the_suspects(&mut self) {
-        let unrecorded = |s: &Queue| s.busy || !s.waiting.is_empty();
-        let before = [Station::Commit, Station::Publish, Station::Start, Station::Unstart];
-        let busy = before.iter().any(|s| unrecorded(self.station(*s)));
-        if self.solo.is_none()
-            && self.active == self.alone.len()
-            && !busy
-            && let Some(id) = self.alone.pop_front()
-        {
-            self.solo = Some(id);
-            self.mark(id);
         }
     }
 }

@@ -365,12 +365,7 @@ impl Pipeline {
                 self.ask(async move { News::Loaded(ids, store.load(states).await) });
             }
             Station::Start => {
-                let event = |id: &Id| {
-                    let job = self.jobs.get(id)?;
-                    let Action::Record(start) = job.state.action() else { return None };
-                    Some((job.suspect()?, start.nth))
-                };
-                let events = ids.iter().filter_map(event).collect();
+                let events = ids.iter().filter_map(|id| self.begins(id)).collect();
                 self.ask(async move { News::Started(ids, store.start(events).await) });
             }
             Station::Unstart => {

@@ -9,6 +9,7 @@ mod periods;
 mod record;
 mod schema;
 mod session;
+mod start;
 mod state;
 mod tx;
 
@@ -19,8 +20,10 @@ use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
 use super::time::StoreTime;
-use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use super::{
+    Begin, Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -316,60 +319,16 @@ impl Inner {
             rows.sort_unstable_by_key(|row: &Row| row.id);
         }
         if let Left::Silent(_) = left {
-            let gone = format!("DELETE FROM {s}.workers WHERE id <> $1 AND id {silent}");
+            let gone = format!("DELETE FROM {s}.workers WHERE id <> $1 AND NOT ended AND id {silent}");
             self.write(&gone, values).await?;
         }
         Ok(rows)
     }
 
-    async fn start(&self, events: &[(Identity, u32)]) -> Result<Vec<Start>, StoreError> {
-        let mut most: BTreeMap<Uuid, i32> = BTreeMap::new();
-        for (event, nth) in events {
-            let most = most.entry(uuid(event)).or_default();
-            *most = (*most).max(i32::try_from(*nth).unwrap_or(i32::MAX));
-        }
-        let (identities, counts): (Vec<Uuid>, Vec<i32>) = most.into_iter().unzip();
-        let (s, now) = (&self.schema, self.now());
-        let sql = format!(
-            "WITH counted AS (INSERT INTO {s}.starts AS s SELECT identity, nth, 0, {now}
-                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, nth) WHERE nth > 0
-                 ON CONFLICT (identity) DO UPDATE SET starts = greatest(s.starts, excluded.starts), at = excluded.at)
-             SELECT identity, starts, failed FROM {s}.starts WHERE identity = ANY($1)"
-        );
-        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
-        let count = |row: &tokio_postgres::Row, column: usize| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
-        let start =
-            |row: &tokio_postgres::Row| (row.get(0), Start { unfinished: count(row, 1), failed: count(row, 2) });
-        // The rows as they were before this statement.
-        let mut known: HashMap<Uuid, Start> = self.write(&sql, values).await?.iter().map(start).collect();
-        let start = |(event, nth): &(Identity, u32)| {
-            let known = known.entry(uuid(event)).or_default();
-            let before = *known;
-            known.unfinished = before.unfinished.max(*nth);
-            before
-        };
-        Ok(events.iter().map(start).collect())
-    }
-
-    async fn unstart(&self, events: &[Identity]) -> Result<(), StoreError> {
-        let (identities, counts) = counted(events);
-        let s = &self.schema;
-        let sql = format!(
-            "WITH e AS (SELECT s.identity, greatest(s.starts - count, 0) AS starts, s.failed
-                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, count) JOIN {s}.starts s USING (identity)
-                 ORDER BY s.identity FOR UPDATE OF s),
-             gone AS (DELETE FROM {s}.starts s USING e WHERE s.identity = e.identity AND e.starts = 0 AND e.failed = 0)
-             UPDATE {s}.starts s SET starts = e.starts FROM e
-                 WHERE s.identity = e.identity AND NOT (e.starts = 0 AND e.failed = 0)"
-        );
-        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
-        self.write(&sql, values).await.map(drop)
-    }
-
     async fn note(&self, event: Identity, failed: u32) -> Result<(), StoreError> {
         let sql = format!(
             "INSERT INTO {}.starts VALUES ($1, 0, $2, {}) ON CONFLICT (identity)
-             DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
+             DO UPDATE SET runs = '{{}}', failed = excluded.failed, at = excluded.at",
             self.schema,
             self.now()
         );
@@ -389,6 +348,12 @@ impl Inner {
             self.now()
         );
         let starts = self.write(&sql, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        let ended = format!(
+            "DELETE FROM {}.workers WHERE ended AND seen < {} - make_interval(secs => $1)",
+            self.schema,
+            self.now()
+        );
+        self.write(&ended, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
         let states =
             self.write(&state::prune(&self.schema, &self.now()), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
         Ok(gone
@@ -402,7 +367,7 @@ impl Store for Postgres {
         self.call(|inner| async move { inner.look(&asked).await })
     }
 
-    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<Begin>) -> Reply<Vec<Start>> {
         self.call(|inner| async move { inner.start(&events).await })
     }
 
@@ -468,11 +433,44 @@ impl Store for Postgres {
         })
     }
 
+    fn own(&self, partition: Arc<str>) -> Reply<Option<Arc<str>>> {
+        self.call(move |inner| async move {
+            let s = &inner.schema;
+            let sql = format!(
+                "WITH owned AS (INSERT INTO {s}.owners AS o VALUES ($2, $1) ON CONFLICT (partition)
+                     DO UPDATE SET worker = excluded.worker WHERE o.worker <> excluded.worker)
+                 SELECT worker FROM {s}.owners WHERE partition = $2 AND worker <> $1"
+            );
+            let values: Values<'_> = &[(&inner.worker, Type::TEXT), (&&*partition, Type::TEXT)];
+            let rows = inner.write(&sql, values).await?;
+            Ok(rows.first().map(|row| row.get::<_, &str>(0).into()))
+        })
+    }
+
+    fn disown(&self, partition: Arc<str>) -> Reply<()> {
+        self.call(move |inner| async move {
+            let sql = format!("DELETE FROM {}.owners WHERE partition = $2 AND worker = $1", inner.schema);
+            let values: Values<'_> = &[(&inner.worker, Type::TEXT), (&&*partition, Type::TEXT)];
+            inner.write(&sql, values).await.map(drop)
+        })
+    }
+
+    fn leave(&self) -> Reply<()> {
+        self.call(|inner| async move {
+            let s = &inner.schema;
+            let sql = format!(
+                "WITH gone AS (DELETE FROM {s}.owners WHERE worker = $1)
+                 UPDATE {s}.workers SET ended = true WHERE id = $1"
+            );
+            inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await.map(drop)
+        })
+    }
+
     fn beat(&self) -> Reply<()> {
         self.call(|inner| async move {
             let (s, now) = (&inner.schema, inner.time.now());
             let sql = format!(
-                "WITH beat AS (INSERT INTO {s}.workers VALUES ($1, {}) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen)
+                "WITH beat AS (INSERT INTO {s}.workers (id, seen) VALUES ($1, {}) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen)
                  UPDATE {s}.meta SET value = greatest(value::bigint, {now})::text WHERE name = 'time' RETURNING value::bigint",
                 moment(now)
             );
@@ -513,15 +511,6 @@ fn current(
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Each identity once, with how often it stands there, in an order in which two calls do not lock each other out.
-fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
-    let mut counts: BTreeMap<Uuid, i32> = BTreeMap::new();
-    for event in events {
-        *counts.entry(uuid(event)).or_default() += 1;
-    }
-    counts.into_iter().unzip()
 }
 
 fn row(row: &tokio_postgres::Row) -> Result<Row, StoreError> {

@@ -11,7 +11,7 @@ struct Step {
     needs: i32,
 }
 
-const STEPS: [Step; 3] = [
+const STEPS: [Step; 4] = [
     Step {
         sql: "
     CREATE TABLE {s}.starts (identity uuid PRIMARY KEY, starts integer NOT NULL, failed integer NOT NULL,
@@ -34,6 +34,14 @@ const STEPS: [Step; 3] = [
     UPDATE {s}.states SET at = changed;
     DROP INDEX {s}.states_changed_idx;
     CREATE INDEX ON {s}.states (at) WHERE ended;
+    ",
+        needs: 1,
+    },
+    Step {
+        sql: "
+    ALTER TABLE {s}.starts ADD COLUMN runs text[] NOT NULL DEFAULT '{}';
+    ALTER TABLE {s}.workers ADD COLUMN ended boolean NOT NULL DEFAULT false;
+    CREATE TABLE {s}.owners (partition text PRIMARY KEY, worker text NOT NULL);
     ",
         needs: 1,
     },

@@ -89,6 +89,10 @@ fn candidate() -> Candidate {
 
 exam!(candidate());
 
+fn first(event: &str) -> Begin {
+    Begin { event: Identity::of("/tests", event), before: None, most: 0 }
+}
+
 fn effect(id: &str, outcome: Outcome, replayed: u32) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });
     Effect { seen, outcome, started: None, partition: "p00".into(), out: vec![Message::default()], change: None }
@@ -135,7 +139,7 @@ async fn a_newer_schema_is_used_as_long_as_it_only_adds() {
     assert_eq!(commit(&older, vec![effect("1", Outcome::Done, 0)]).await, [true]);
     let another = pool.open("b").await;
     assert!(knows(&another, "1", 0).await);
-    another.start(vec![(Identity::of("/tests", "2"), 1)]).await.expect("answers");
+    another.start(vec![first("2")]).await.expect("answers");
     pool.sql("UPDATE {s}.meta SET value = '999' WHERE name = 'needs'").await;
     match Postgres::open(&server(), &pool.0, "c", Duration::ZERO).await {
         Err(StoreError::Newer { found: 999, known }) => assert_eq!(known, i64::from(schema::KNOWN)),
@@ -267,7 +271,7 @@ async fn a_step_of_the_clock_makes_nothing_older() {
     commit(&store, vec![effect("1", Outcome::Done, 0)]).await;
     next_period(&store).await;
     commit(&store, vec![effect("2", Outcome::Dead, 0)]).await;
-    store.start(vec![(Identity::of("/tests", "start"), 1)]).await.expect("answers");
+    store.start(vec![first("start")]).await.expect("answers");
     store.beat().await.expect("takes it");
     let month = 30 * 86_400_000_i64;
     let earlier = format!(

@@ -3,11 +3,14 @@
 //! One thread owns the connection and does one call after the other; a batch is a call, a call is a transaction.
 mod filter;
 mod inbox;
+mod start;
 mod state;
 
 use self::inbox::{Fresh, Inbox};
 use super::time::StoreTime;
-use super::{Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError};
+use super::{
+    Begin, Committed, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
@@ -17,7 +20,7 @@ use uuid::Uuid;
 use warren_shared::{Identity, Message};
 
 /// The schema, a step an entry; a store remembers how many it has.
-const SCHEMA: [&str; 4] = [inbox::TABLES, "
+const SCHEMA: [&str; 5] = [inbox::TABLES, "
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
         WITHOUT ROWID;
@@ -28,6 +31,10 @@ const SCHEMA: [&str; 4] = [inbox::TABLES, "
     INSERT INTO meta VALUES ('time', CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER));
     ALTER TABLE states ADD COLUMN at INTEGER NOT NULL DEFAULT 0;
     UPDATE states SET at = changed;
+", "
+    ALTER TABLE starts ADD COLUMN runs TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE workers ADD COLUMN ended INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE owners (partition TEXT PRIMARY KEY, worker TEXT NOT NULL) WITHOUT ROWID;
 "];
 
 /// How long a lock of another process is waited for.
@@ -252,6 +259,7 @@ fn prune(desk: &mut Desk, slice: u8, before: i64) -> rusqlite::Result<u64> {
     let states = tx
         .prepare_cached("DELETE FROM states WHERE id >= ?1 AND id < ?2 AND ended AND at < ?3")?
         .execute(params![from, to, before])?;
+    tx.prepare_cached("DELETE FROM workers WHERE ended AND seen < ?1")?.execute([before])?;
     let gone = (starts + states) as u64 + u64::try_from(inbox.prune(&tx, before)?).unwrap_or(0);
     tx.commit().map(|()| gone)
 }
@@ -274,44 +282,22 @@ impl Store for Sqlite {
         })
     }
 
-    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
-        let now = self.time.now();
-        self.run(move |tx| {
-            let mut known = tx.prepare_cached("SELECT starts, failed FROM starts WHERE identity = ?1")?;
-            let mut count = tx.prepare_cached(
-                "INSERT INTO starts VALUES (?1, ?2, 0, ?3)
-                 ON CONFLICT (identity) DO UPDATE SET starts = max(starts, excluded.starts), at = excluded.at",
-            )?;
-            let start = |(event, nth): &(Identity, u32)| {
-                let before = |row: &rusqlite::Row<'_>| Ok(Start { unfinished: row.get(0)?, failed: row.get(1)? });
-                let before = known.query_row([event.as_bytes()], before).optional()?.unwrap_or_default();
-                if *nth > 0 {
-                    count.execute(params![event.as_bytes(), nth, now])?;
-                }
-                Ok(before)
-            };
-            events.iter().map(start).collect()
-        })
+    fn start(&self, events: Vec<Begin>) -> Reply<Vec<Start>> {
+        let (worker, now) = (self.worker.clone(), self.time.now());
+        self.run(move |tx| events.iter().map(|event| start::begin(tx, event, &worker, now)).collect())
     }
 
     fn unstart(&self, events: Vec<Identity>) -> Reply<()> {
-        self.run(move |tx| {
-            for event in &events {
-                tx.prepare_cached("UPDATE starts SET starts = max(starts - 1, 0) WHERE identity = ?1")?
-                    .execute([event.as_bytes()])?;
-                tx.prepare_cached("DELETE FROM starts WHERE identity = ?1 AND starts = 0 AND failed = 0")?
-                    .execute([event.as_bytes()])?;
-            }
-            Ok(())
-        })
+        let worker = self.worker.clone();
+        self.run(move |tx| events.iter().try_for_each(|event| start::take_back(tx, event, &worker)))
     }
 
     fn note(&self, event: Identity, failed: u32) -> Reply<()> {
         let now = self.time.now();
         self.run(move |tx| {
             tx.prepare_cached(
-                "INSERT INTO starts VALUES (?1, 0, ?2, ?3)
-                 ON CONFLICT (identity) DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
+                "INSERT INTO starts (identity, starts, failed, at) VALUES (?1, 0, ?2, ?3)
+                 ON CONFLICT (identity) DO UPDATE SET runs = '[]', failed = excluded.failed, at = excluded.at",
             )?
             .execute(params![event.as_bytes(), failed, now])?;
             Ok(())
@@ -382,7 +368,7 @@ impl Store for Sqlite {
                         .query_map(params![worker, before], row)?
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute(&format!("UPDATE outbox SET worker = ?1 WHERE {silent}"), params![worker, before])?;
-                    tx.execute("DELETE FROM workers WHERE seen < ?1", [before])?;
+                    tx.execute("DELETE FROM workers WHERE seen < ?1 AND NOT ended", [before])?;
                     rows
                 }
             };
@@ -399,12 +385,37 @@ impl Store for Sqlite {
         })
     }
 
+    fn own(&self, partition: Arc<str>) -> Reply<Option<Arc<str>>> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            let owner = "SELECT worker FROM owners WHERE partition = ?1 AND worker <> ?2";
+            let owner = tx.prepare_cached(owner)?.query_row(params![partition, worker], |row| row.get(0)).optional()?;
+            tx.execute("INSERT OR REPLACE INTO owners VALUES (?1, ?2)", params![partition, worker])?;
+            Ok(owner)
+        })
+    }
+
+    fn disown(&self, partition: Arc<str>) -> Reply<()> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            tx.execute("DELETE FROM owners WHERE partition = ?1 AND worker = ?2", params![partition, worker]).map(drop)
+        })
+    }
+
+    fn leave(&self) -> Reply<()> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            tx.execute("DELETE FROM owners WHERE worker = ?1", [&worker])?;
+            tx.execute("UPDATE workers SET ended = 1 WHERE id = ?1", [&worker]).map(drop)
+        })
+    }
+
     fn beat(&self) -> Reply<()> {
         let (worker, time) = (self.worker.clone(), self.time.clone());
         self.run(move |tx| {
             let now = time.now();
             tx.execute(
-                "INSERT INTO workers VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
+                "INSERT INTO workers (id, seen) VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
                 params![worker, now],
             )?;
             tx.execute("UPDATE meta SET value = max(CAST(value AS INTEGER), ?1) WHERE name = 'time'", [now])?;

@@ -13,6 +13,10 @@ fn candidate() -> Candidate {
 
 exam!(candidate());
 
+fn first(event: &str) -> Begin {
+    Begin { event: Identity::of("/tests", event), before: None, most: 0 }
+}
+
 fn effect(id: &str, size: usize) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed: 0 });
     let out = vec![Message { body: vec![b'x'; size], ..Message::default() }];
@@ -225,11 +229,11 @@ async fn every_old_outcome_and_start_is_counted_as_it_goes() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
     store.commit(Arc::new(named("old", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "old start"), 1)]).await.expect("answers");
+    store.start(vec![first("old start")]).await.expect("answers");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let moment = Instant::now();
     store.commit(Arc::new(named("young", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "young start"), 1)]).await.expect("answers");
+    store.start(vec![first("young start")]).await.expect("answers");
     let mut gone = 0;
     for _ in 0..256 {
         gone += store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
@@ -246,7 +250,7 @@ async fn a_step_of_the_clock_makes_nothing_older() {
     let (sealed, recent) = (named("sealed", 300, Outcome::Dead), named("recent", 20, Outcome::Done));
     store.commit(Arc::new(sealed.clone())).await.expect("takes them");
     store.commit(Arc::new(recent.clone())).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "start"), 1)]).await.expect("answers");
+    store.start(vec![first("start")]).await.expect("answers");
     store.beat().await.expect("takes it");
     drop(store);
     let month = 30 * 86_400_000_i64;
