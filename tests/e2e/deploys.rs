@@ -56,7 +56,7 @@ async fn events_of_a_route_that_a_deploy_adds_wait_for_a_worker_that_has_it() ->
     lab.set("WARREN_ROUTES", &lab.fresh_route(""));
     lab.declare().await?;
     let heard = lab.recorded().await?;
-    let mut old = vec![lab.worker()?, lab.worker()?];
+    let mut old = [lab.worker()?, lab.worker()?];
     lab.balanced(2, PATIENCE).await?;
     let routes = with_parcels(&lab);
     lab.set("WARREN_ROUTES", &routes);

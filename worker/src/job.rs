@@ -80,11 +80,18 @@ impl Accusation {
     /// How many of those that are named now may have died, and whether all of them did: who beat since lives, and who did not
     /// after so long is dead.
     pub(crate) fn judge(&self, now: &[Other], long: bool) -> (usize, bool) {
-        let known = |other: &Other| self.others.iter().find(|known| known.run == other.run);
-        let lives = |other: &&Other| known(other).is_some_and(|known| other.seen > known.seen);
-        let met: Vec<&Other> = now.iter().filter(|other| !lives(other)).collect();
-        let proven = long && met.iter().all(|other| known(other).is_some());
-        (met.len(), proven)
+        let lives = |other: &&Other| self.known(other).is_some_and(|known| other.seen > known.seen);
+        let met = now.iter().filter(|other| !lives(other)).count();
+        (met, long && self.names(now))
+    }
+
+    /// Whether all of these were named.
+    pub(crate) fn names(&self, now: &[Other]) -> bool {
+        now.iter().all(|other| self.known(other).is_some())
+    }
+
+    fn known(&self, other: &Other) -> Option<&Other> {
+        self.others.iter().find(|known| known.run == other.run)
     }
 }
 

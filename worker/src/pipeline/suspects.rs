@@ -40,7 +40,10 @@ impl Pipeline {
             None => (others.len(), others.is_empty()),
             Some(accusation) => accusation.judge(&others, beats >= accusation.beats + SILENCE),
         };
-        job.accusation.get_or_insert_with(|| Accusation { beats, others });
+        // Who was not named before is watched from now on.
+        if job.accusation.as_ref().is_none_or(|accusation| !accusation.names(&others)) {
+            job.accusation = Some(Accusation { beats, others });
+        }
         self.fact(id, Fact::Recorded { kept, met: u32::try_from(met).unwrap_or(u32::MAX), proven, failed });
         let Some(job) = self.jobs.get_mut(&id) else { return };
         // The law lets it run where its start is recorded, and only there.

@@ -12,11 +12,10 @@ impl Inner {
     /// Records our start of each event, where not too many others are recorded.
     pub(super) async fn start(&self, events: &[Begin]) -> Result<Vec<Start>, StoreError> {
         // Each once, in an order in which two calls do not lock each other out.
-        let asked: BTreeMap<Uuid, (i32, Option<&str>)> = events
-            .iter()
-            .map(|begin| (uuid(&begin.event), (i32::try_from(begin.most).unwrap_or(i32::MAX), begin.before.as_deref())))
-            .collect();
-        let (identities, (most, before)): (Vec<Uuid>, (Vec<i32>, Vec<Option<&str>>)) = asked.into_iter().unzip();
+        let asked: BTreeMap<Uuid, &Begin> = events.iter().map(|begin| (uuid(&begin.event), begin)).collect();
+        let identities: Vec<Uuid> = asked.keys().copied().collect();
+        let most: Vec<i32> = asked.values().map(|begin| i32::try_from(begin.most).unwrap_or(i32::MAX)).collect();
+        let before: Vec<Option<&str>> = asked.values().map(|begin| begin.before.as_deref()).collect();
         let (s, now) = (&self.schema, self.now());
         let sql = format!(
             "WITH known AS MATERIALIZED (SELECT e.identity, e.most, coalesce(s.failed, 0) AS failed,
