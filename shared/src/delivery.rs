@@ -4,19 +4,22 @@
 //!            known ──────────────────────────────────────────────▶ Safe ──▶ Settled
 //!            unreadable ─▶ Burying ── confirmed ─────────────────▶ Safe
 //! Received ─ early ──────▶ Parking ── confirmed ─(Leaving)───────▶ Safe
+//!            routed elsewhere ▶ Unroutable ── waited ─▶ Condemned
 //!            fresh ──────▶ Running ── succeeded ─▶ Succeeded ─────▶ Safe     (committed, or superseded)
 //!                             ▲                       ├ outdated: the state that it rests on has changed
 //!                             │                       └ refused: the store cannot hold it ─▶ Condemned
-//!            redelivered ▶ Suspected ─ recorded ─▶ Running | Suspected, alone | Condemned
+//!            redelivered ▶ Suspected ─ recorded ─▶ Running | Suspected, alone | Accused | Condemned
+//!                             ▲                                   Accused ── waited ─▶ Suspected
 //!                          Running ── failed ────▶ Parking | Holding ─▶ Running | Condemned
 //!                                                  Condemned ─────▶ Safe     (committed, or superseded)
 //!            gone, interrupted ─(Leaving)─▶ Abandoned: the broker delivers it again
 //! ```
 //!
 //! A first delivery takes the fast path: nothing is written before its handler runs. A redelivered event's start is
-//! recorded first; one whose recorded start never finished waits until nothing else runs, and dies by its reason after
-//! `crash_limit` deaths of the process. Of the deaths in company one counts at most, whoever of them was to blame: each
-//! further one it died alone. Success and death commit in one store transaction with what they send (results, the dead
+//! recorded first, beside those of workers that had it before and neither finished it nor gave it back. They died with it, or
+//! lost their connection and live. Until `crash_limit` of them are known to be dead it is not condemned; where so many may be,
+//! it waits until that is known. Of the deaths in company one counts at most where that leaves one to spare, whoever of them was
+//! to blame: each further one it died alone. Success and death commit in one store transaction with what they send (results, the dead
 //! letter), so no event is ever both done and dead.
 use crate::retry::{Failure, Policy, Verdict};
 use std::time::Duration;
@@ -32,6 +35,13 @@ pub enum State {
         attempt: u32,
         /// What is recorded.
         start: Start,
+    },
+    /// Only another worker of the pool has a route for it: it waits in place for that one to take its partition.
+    Unroutable,
+    /// So many workers may have died with it that it would be to blame: which of them live is being found out.
+    Accused {
+        /// The attempt that it will be.
+        attempt: u32,
     },
     /// Its handler runs.
     Running(Run),
@@ -81,8 +91,8 @@ pub struct Run {
 /// A start to record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// Which one it is, counted from 1: where so many are recorded, nothing changes. To repeat it does no harm; 0 only asks.
-    pub nth: u32,
+    /// It is recorded where no more other workers may have died with it; else this only asks. To repeat it does no harm.
+    pub most: u32,
     /// Who may run beside it: alone it is recorded when nothing else runs.
     pub company: Company,
 }
@@ -124,7 +134,7 @@ pub enum Doom {
     },
     /// Its runs killed the process too often.
     Crash {
-        /// Starts that never finished.
+        /// Workers that died with it.
         attempts: u32,
     },
     /// The handler succeeded, and the store cannot hold what comes of it.
@@ -166,6 +176,8 @@ pub enum Fact {
     Unrouted,
     /// It has no outcome, and too many events caused one another until it.
     Looped,
+    /// It has no outcome, and only another worker of the pool has a route for it.
+    RoutedElsewhere,
     /// It has no outcome and the broker delivers it for the first time.
     Fresh {
         /// The attempt that it is.
@@ -176,10 +188,14 @@ pub enum Fact {
         /// The attempt that it is.
         attempt: u32,
     },
-    /// The start is recorded.
+    /// The start is recorded, or asked for in vain.
     Recorded {
-        /// Recorded starts before this one that never finished.
-        unfinished: u32,
+        /// Whether it is recorded.
+        kept: bool,
+        /// Other workers that may have died with it.
+        met: u32,
+        /// Whether each of them is known to be dead.
+        proven: bool,
         /// Attempts that failed in place before.
         failed: u32,
     },
@@ -223,8 +239,12 @@ pub enum Action {
     Look,
     /// Record its start, and tell the earlier ones.
     Record(Start),
+    /// Wait for a sign of life of those who had it before; the key waits too.
+    Prove,
     /// Call the handler.
     Run(Run),
+    /// Wait for somebody who has a route for it, within the grace; the key waits too.
+    Await,
     /// Note the failed attempt, then wait; the key waits too.
     Hold(Run, Duration),
     /// Record effect, results and outgoing events in one transaction.
@@ -259,6 +279,13 @@ pub struct Law {
     pub crash_limit: u32,
 }
 
+impl Law {
+    /// The first question about a redelivered event. Where two deaths condemn there is none to spare for company.
+    fn suspicion(&self) -> Start {
+        Start { most: u32::from(self.crash_limit > 2), company: Company::Shared }
+    }
+}
+
 /// Where a retry waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
@@ -285,6 +312,8 @@ impl State {
         match self {
             Self::Received => Action::Look,
             Self::Suspected { start, .. } => Action::Record(start),
+            Self::Accused { .. } => Action::Prove,
+            Self::Unroutable => Action::Await,
             Self::Running(run) => Action::Run(run),
             Self::Holding { run, after } => Action::Hold(run, after),
             Self::Succeeded(_) => Action::CommitDone,
@@ -314,28 +343,28 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         (S::Received, F::Early { remaining, attempt }) => {
             S::Parking { after: remaining, attempt, record: Record::Absent }
         }
-        (S::Received, F::Unrouted) => S::Condemned(Doom::NoRoute),
+        (S::Received, F::Unrouted) | (S::Unroutable, F::Waited) => S::Condemned(Doom::NoRoute),
+        (S::Received, F::RoutedElsewhere) => S::Unroutable,
         (S::Received, F::Looped) => S::Condemned(Doom::Loop),
         (S::Received, F::Fresh { attempt }) => {
             S::Running(Run { attempt, company: Company::Shared, record: Record::Absent })
         }
-        // Where the first recorded death condemns, there is none to spare for company.
-        (S::Received, F::Redelivered { attempt }) => {
-            let nth = u32::from(law.crash_limit > 2);
-            S::Suspected { attempt, start: Start { nth, company: Company::Shared } }
+        (S::Received, F::Redelivered { attempt }) | (S::Accused { attempt }, F::Waited) => {
+            S::Suspected { attempt, start: law.suspicion() }
         }
 
         (
-            S::Suspected { attempt, start: Start { nth, company: Company::Shared } },
-            F::Recorded { unfinished, failed },
+            S::Suspected { attempt, start: Start { company: Company::Shared, .. } },
+            F::Recorded { kept, met, proven, failed },
         ) => {
-            // The death that led to the first redelivery was not recorded, so it counts as one more.
-            if unfinished + 1 >= law.crash_limit {
-                S::Condemned(Doom::Crash { attempts: unfinished + 1 })
-            } else if nth > unfinished {
+            if kept {
                 S::Running(Run { attempt: attempt.max(failed + 1), company: Company::Shared, record: Record::Present })
+            } else if met < law.crash_limit {
+                S::Suspected { attempt, start: Start { most: u32::MAX, company: Company::Alone } }
+            } else if proven {
+                S::Condemned(Doom::Crash { attempts: met })
             } else {
-                S::Suspected { attempt, start: Start { nth: unfinished + 1, company: Company::Alone } }
+                S::Accused { attempt }
             }
         }
         // What was known before may be this very start, if its first answer was lost.
@@ -358,7 +387,7 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
         }
         // The note of the failure ended its starts; the next one waits for its turn again.
         (S::Holding { run: Run { attempt, company: Company::Alone, .. }, .. }, F::Waited) => {
-            S::Suspected { attempt: attempt + 1, start: Start { nth: 1, company: Company::Alone } }
+            S::Suspected { attempt: attempt + 1, start: Start { most: u32::MAX, company: Company::Alone } }
         }
         (S::Holding { run, .. }, F::Waited) => S::Running(Run { attempt: run.attempt + 1, ..run }),
 
@@ -367,7 +396,8 @@ pub fn next(state: State, fact: Fact, law: &Law) -> Result<(State, Action), Ille
             leave(run.record, Exit::Abandoned)
         }
         (S::Parking { record, .. }, F::Gone) => leave(record, Exit::Abandoned),
-        (S::Suspected { .. } | S::Received | S::Burying | S::Safe, F::Gone) => S::Abandoned,
+        (S::Suspected { .. } | S::Received | S::Unroutable | S::Accused { .. } | S::Burying | S::Safe, F::Gone)
+        | (S::Unroutable | S::Accused { .. }, F::Interrupted) => S::Abandoned,
 
         // An outcome is recorded even where the channel is gone: the redelivery finds it.
         (S::Succeeded(_) | S::Condemned(_), F::Committed | F::Superseded) => S::Safe,

@@ -37,6 +37,7 @@ fn explore_all(law: Law, content: Content, copies: u32, trouble: Trouble, seen: 
 fn every_path_ends_in_one_effect_or_one_verdict() {
     let t = |crashes, losses, breaks, early| Trouble { crashes, losses, breaks, early, ..Trouble::default() };
     let r = |crashes, breaks| Trouble { refused: 1, ..t(crashes, 0, breaks, 0) };
+    let other = |trouble| Trouble { elsewhere: 2, ..trouble };
     let o = |crashes, losses| Trouble { outdated: 2, ..t(crashes, losses, 0, 0) };
     let mut seen = Seen::new();
     for wait in [Wait::InLadder, Wait::InPlace] {
@@ -45,7 +46,11 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
         let patient = Law { retry: Policy { attempts: 3, ..usual.retry }, ..usual };
         for (name, law, content, copies, trouble) in [
             ("two crashes", usual, Content::Routed, 1, t(2, 0, 0, 0)),
+            ("three crashes, which is one too many", usual, Content::Routed, 1, t(3, 0, 0, 0)),
             ("two crashes, which is one too many", harsh, Content::Routed, 1, t(2, 0, 0, 0)),
+            ("two lost channels where two deaths condemn", harsh, Content::Routed, 1, t(0, 2, 0, 0)),
+            ("two lost channels and a crash where two deaths condemn", harsh, Content::Routed, 1, t(1, 2, 0, 0)),
+            ("two crashes and a broken action", harsh, Content::Routed, 1, t(2, 0, 1, 0)),
             ("three attempts and a crash", patient, Content::Routed, 1, t(1, 0, 0, 0)),
             ("three attempts and a drain", patient, Content::Routed, 1, t(0, 1, 0, 0)),
             ("a crash and a second copy", usual, Content::Routed, 2, t(1, 0, 0, 0)),
@@ -66,6 +71,7 @@ fn every_path_ends_in_one_effect_or_one_verdict() {
             ("before its time, and never taken", usual, Content::Routed, 1, Trouble { early: 1, ..r(1, 1) }),
             ("no route", usual, Content::Unrouted, 1, t(1, 1, 1, 0)),
             ("in a circle", usual, Content::Looped, 1, t(1, 1, 1, 0)),
+            ("a route elsewhere", usual, Content::Unrouted, 2, other(t(1, 1, 1, 0))),
             ("no event", usual, Content::Garbage, 1, t(1, 1, 1, 0)),
         ] {
             let worlds = explore_all(law, content, copies, trouble, &mut seen);
@@ -83,13 +89,13 @@ fn can_bring(action: Action, fact: Fact) -> bool {
     use {Action as A, Fact as F};
     match action {
         A::Look => {
-            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted | F::Looped)
+            matches!(fact, F::Known | F::Unreadable | F::Early { .. } | F::Unrouted | F::Looped | F::RoutedElsewhere)
                 || matches!(fact, F::Fresh { .. } | F::Redelivered { .. } | F::Gone | F::Broken)
         }
         A::Record(_) => matches!(fact, F::Recorded { .. } | F::Gone | F::Broken),
         // A handler runs on when its channel goes; a broken one has failed.
         A::Run(_) => matches!(fact, F::Succeeded | F::Failed { .. } | F::Interrupted),
-        A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
+        A::Prove | A::Await | A::Hold(..) => matches!(fact, F::Waited | F::Interrupted | F::Gone | F::Broken),
         A::CommitDone => matches!(fact, F::Committed | F::Superseded | F::Outdated | F::Refused | F::Broken),
         A::CommitDead(_) => matches!(fact, F::Committed | F::Superseded | F::Broken),
         A::Park { .. } => matches!(fact, F::Confirmed | F::Refused | F::Gone | F::Broken),
@@ -106,8 +112,10 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
     let (after, attempt) = (Duration::from_secs(1), 1);
     let states = [
         State::Received,
-        State::Suspected { attempt, start: Start { nth: 1, company: Company::Shared } },
-        State::Suspected { attempt, start: Start { nth: 2, company: Company::Alone } },
+        State::Unroutable,
+        State::Suspected { attempt, start: Start { most: 1, company: Company::Shared } },
+        State::Suspected { attempt, start: Start { most: u32::MAX, company: Company::Alone } },
+        State::Accused { attempt },
         State::Running(run),
         State::Holding { run, after },
         State::Succeeded(run),
@@ -126,9 +134,10 @@ fn pairs() -> impl Iterator<Item = (State, Fact)> {
         Fact::Known,
         Fact::Unrouted,
         Fact::Looped,
+        Fact::RoutedElsewhere,
         Fact::Fresh { attempt },
         Fact::Redelivered { attempt },
-        Fact::Recorded { unfinished: 0, failed: 0 },
+        Fact::Recorded { kept: true, met: 0, proven: false, failed: 0 },
         Fact::Succeeded,
         Fact::Failed { failure: Failure::Permanent, chance: 0.5 },
         Fact::Interrupted,
@@ -168,34 +177,40 @@ fn a_broken_action_repeats_the_same_action() {
         assert_eq!(next(state, Fact::Broken, &law(Wait::InLadder)), Ok((state, state.action())));
         repeated += 1;
     }
-    assert_eq!(repeated, 11, "all but a run and the two ends");
+    assert_eq!(repeated, 13, "all but a run and the two ends");
 }
 
 /// An event that kills the process whenever it runs.
 #[test]
 fn a_poison_event_dies_after_the_crash_limit_and_never_shares_a_second_recorded_run() {
     let law = law(Wait::InLadder);
-    let (mut starts, mut deaths, mut again) = (0, 0, false);
+    let (mut deaths, mut proven) = (0, false);
     let doom = loop {
-        let fact = if again { Fact::Redelivered { attempt: 1 } } else { Fact::Fresh { attempt: 1 } };
+        let fact = if deaths > 0 { Fact::Redelivered { attempt: 1 } } else { Fact::Fresh { attempt: 1 } };
         let (mut state, mut action) = next(State::Received, fact, &law).expect("legal");
-        while let Action::Record(start) = action {
-            let recorded = Fact::Recorded { unfinished: starts, failed: 0 };
-            starts = starts.max(start.nth);
-            (state, action) = next(state, recorded, &law).expect("legal");
+        loop {
+            let fact = match action {
+                // Each death is another worker's.
+                Action::Record(start) => Fact::Recorded { kept: deaths <= start.most, met: deaths, proven, failed: 0 },
+                Action::Prove => {
+                    proven = true;
+                    Fact::Waited
+                }
+                _ => break,
+            };
+            (state, action) = next(state, fact, &law).expect("legal");
         }
         match (state, action) {
             (State::Condemned(doom), _) => break doom,
             (_, Action::Run(run)) => {
-                assert_eq!(run.company == Company::Alone, starts > 1);
+                assert_eq!(run.company == Company::Alone, deaths > 1);
                 deaths += 1;
                 assert!(deaths <= law.crash_limit, "it kills for ever");
-                again = true;
             }
             other => panic!("unexpected {other:?}"),
         }
     };
-    assert_eq!((deaths, doom), (3, Doom::Crash { attempts: 3 }));
+    assert_eq!((deaths, doom, proven), (3, Doom::Crash { attempts: 3 }, true));
 }
 
 /// A process that takes several events, some of which kill it: broker, store and pipeline, as far as they matter here.
@@ -211,8 +226,11 @@ struct Crowd {
 #[derive(Clone, Debug)]
 struct Member {
     kills: bool,
+    /// How many processes are recorded that died with it, and whether this one is recorded.
+    met: u32,
+    mine: bool,
+    /// Whether a process had it before.
     again: bool,
-    starts: u32,
     state: State,
     /// Whether its handler runs.
     runs: bool,
@@ -220,8 +238,14 @@ struct Member {
 
 impl Crowd {
     fn new(law: Law, kills: &[bool]) -> Self {
-        let member =
-            |kills: &bool| Member { kills: *kills, again: false, starts: 0, state: State::Received, runs: false };
+        let member = |kills: &bool| Member {
+            kills: *kills,
+            met: 0,
+            mine: false,
+            again: false,
+            state: State::Received,
+            runs: false,
+        };
         Self { law, deaths: 0, members: kills.iter().map(member).collect(), solo: None }
     }
 
@@ -249,8 +273,13 @@ impl Crowd {
             Action::Look if me.again => Fact::Redelivered { attempt: 1 },
             Action::Look => Fact::Fresh { attempt: 1 },
             Action::Record(start) => {
-                let recorded = Fact::Recorded { unfinished: me.starts, failed: 0 };
-                me.starts = me.starts.max(start.nth);
+                let met = if me.met == 0 && !me.mine { u32::from(me.again) } else { me.met };
+                let kept = met <= start.most;
+                if kept {
+                    (me.met, me.mine) = (met, true);
+                }
+                // All of them died: here nobody loses a connection.
+                let recorded = Fact::Recorded { kept, met, proven: true, failed: 0 };
                 next.solo = next.solo.or((start.company == Company::Alone).then_some(n));
                 recorded
             }
@@ -261,7 +290,8 @@ impl Crowd {
             Action::Run(_) if me.kills => {
                 next.deaths += 1;
                 for member in next.members.iter_mut().filter(|m| m.state != State::Settled) {
-                    (member.state, member.again, member.runs) = (State::Received, true, false);
+                    member.met += u32::from(member.mine);
+                    (member.state, member.again, member.mine, member.runs) = (State::Received, true, false, false);
                 }
                 next.solo = None;
                 return Some(next);
@@ -310,20 +340,31 @@ fn however_many_poisons_there_are_no_innocent_dies() {
     }
 }
 
-/// A thousand events that were only near: their process lived, so nothing may add up against them.
+/// Events that were only near: their workers live.
 #[test]
 fn a_lost_channel_is_never_counted_as_a_crash() {
-    let law = law(Wait::InLadder);
-    let mut starts = 0;
-    for _ in 0..50 {
+    for crash_limit in [2, 3] {
+        let law = Law { crash_limit, ..law(Wait::InLadder) };
+        // Handed over, or taken back in time: nobody is known to have had it.
+        for _ in 0..50 {
+            let (state, _) = next(State::Received, Fact::Redelivered { attempt: 1 }, &law).expect("legal");
+            let none = Fact::Recorded { kept: true, met: 0, proven: false, failed: 0 };
+            let (state, action) = next(state, none, &law).expect("legal");
+            assert!(matches!(action, Action::Run(Run { company: Company::Shared, .. })), "{action:?}");
+            let (state, action) = next(state, Fact::Interrupted, &law).expect("legal");
+            assert_eq!(action, Action::Release);
+            assert_eq!(next(state, Fact::Released, &law).expect("legal").0, State::Abandoned);
+        }
+        // Read before they take it back: they are waited for, and it runs.
         let (state, _) = next(State::Received, Fact::Redelivered { attempt: 1 }, &law).expect("legal");
-        let (state, action) = next(state, Fact::Recorded { unfinished: starts, failed: 0 }, &law).expect("legal");
-        starts += 1;
-        assert!(matches!(action, Action::Run(Run { company: Company::Shared, .. })), "{action:?}");
-        let (state, action) = next(state, Fact::Interrupted, &law).expect("legal");
-        assert_eq!(action, Action::Release);
-        starts -= 1;
-        assert_eq!(next(state, Fact::Released, &law).expect("legal").0, State::Abandoned);
+        let read = Fact::Recorded { kept: false, met: crash_limit, proven: false, failed: 0 };
+        let (state, action) = next(state, read, &law).expect("legal");
+        assert_eq!(action, Action::Prove);
+        let (state, action) = next(state, Fact::Waited, &law).expect("legal");
+        assert!(matches!(action, Action::Record(Start { company: Company::Shared, .. })), "{action:?}");
+        let alive = Fact::Recorded { kept: false, met: 0, proven: true, failed: 0 };
+        let (_, action) = next(state, alive, &law).expect("legal");
+        assert!(matches!(action, Action::Record(Start { company: Company::Alone, .. })), "{action:?}");
     }
 }
 
@@ -343,5 +384,11 @@ fn a_drained_delivery_is_left_to_the_broker_and_its_record_taken_back() {
             }
             assert_eq!((state, &asked), (State::Abandoned, &actions));
         }
+    }
+    let waiting = next(State::Received, Fact::RoutedElsewhere, &law(Wait::InLadder)).expect("legal");
+    assert_eq!(waiting, (State::Unroutable, Action::Await));
+    for fact in [Fact::Interrupted, Fact::Gone] {
+        let left = next(waiting.0, fact, &law(Wait::InLadder));
+        assert_eq!(left, Ok((State::Abandoned, Action::Stop)), "it comes to whoever has a route");
     }
 }

@@ -19,6 +19,8 @@ pub(super) enum Outcome {
 struct Copy {
     attempt: u32,
     again: bool,
+    /// The worker that had it last, unless it gave it back.
+    before: Option<u32>,
 }
 
 /// What the message is: an event with a route, one without, one of a circle, or no event.
@@ -44,6 +46,8 @@ pub(super) struct Trouble {
     pub(super) outdated: u32,
     /// Effects that the store cannot hold, and copies that the broker will never take.
     pub(super) refused: u32,
+    /// Looks at which another worker has a route for what has none here.
+    pub(super) elsewhere: u32,
 }
 
 #[derive(Debug)]
@@ -53,10 +57,11 @@ pub(super) struct World {
     ready: Vec<Copy>,
     delayed: Vec<Copy>,
     pub(super) outcome: Option<Outcome>,
-    /// Recorded starts that never finished, and attempts that failed in place.
-    starts: u32,
+    /// Workers that may have died with it, and attempts that failed in place. Each delivery is another worker's.
+    starts: Vec<u32>,
     failed: u32,
-    crashes: u32,
+    /// Workers that died.
+    dead: Vec<u32>,
     pub(super) effects: u32,
     pub(super) letters: u32,
     /// Runs and deliveries, each with the most that there may be.
@@ -73,9 +78,13 @@ pub(super) struct World {
 struct Life {
     copy: Copy,
     attempt: u32,
+    /// Which worker it is.
+    worker: u32,
     known: bool,
     recorded: bool,
-    unfinished: u32,
+    /// Workers that may have died with it, as was told last, and whether it is known who of them lives.
+    met: u32,
+    proven: bool,
     /// What the last run came to.
     result: Option<Fact>,
     released: bool,
@@ -87,13 +96,16 @@ struct Life {
     proof: bool,
     acked: bool,
     excused: bool,
+    gave_back: bool,
+    /// A failure was noted, which ends the starts: to take one back then is harmless.
+    noted: bool,
 }
 
 #[derive(PartialEq)]
 enum End {
     Settled,
-    /// The broker delivers it again.
-    Returned,
+    /// The broker delivers it again; this worker had it, unless it gave it back.
+    Returned(Option<u32>),
 }
 
 impl World {
@@ -103,12 +115,12 @@ impl World {
         World {
             law,
             content,
-            ready: vec![Copy { attempt: 1, again: false }; copies as usize],
+            ready: vec![Copy { attempt: 1, ..Copy::default() }; copies as usize],
             delayed: vec![],
             outcome: None,
-            starts: 0,
+            starts: vec![],
             failed: 0,
-            crashes: 0,
+            dead: vec![],
             effects: 0,
             letters: 0,
             runs: (0, law.retry.attempts * chains + left.outdated),
@@ -139,13 +151,14 @@ impl World {
         self.deliveries.0 += 1;
         assert!(self.deliveries.0 <= self.deliveries.1, "no end: {self:?}");
         let copy = self.ready.remove(oracle.choose(self.ready.len()));
-        if self.deliver(copy, oracle) == End::Returned {
-            self.ready.push(Copy { again: true, ..copy });
+        if let End::Returned(before) = self.deliver(copy, oracle) {
+            self.ready.push(Copy { again: true, before, ..copy });
         }
     }
 
     fn deliver(&mut self, copy: Copy, oracle: &mut Oracle) -> End {
-        let mut life = Life { copy, attempt: copy.attempt, ..Life::default() };
+        let worker = self.deliveries.0;
+        let mut life = Life { copy, attempt: copy.attempt, worker, ..Life::default() };
         let mut state = State::Received;
         loop {
             let action = state.action();
@@ -156,12 +169,14 @@ impl World {
                 );
                 assert_eq!(state == State::Settled, life.acked, "{life:?} {self:?}");
                 assert!(life.acked || life.excused, "abandoned without need: {life:?} {self:?}");
-                return if life.acked { End::Settled } else { End::Returned };
+                // Who lost its connection gives nothing back in time.
+                let before = (!life.gave_back).then_some(worker);
+                return if life.acked { End::Settled } else { End::Returned(before) };
             }
             // A crash before an action is also the crash after the one before it, and the crash of a handler.
             if self.spend(oracle, |t| &mut t.crashes) {
-                self.crashes += 1;
-                return End::Returned;
+                self.dead.push(worker);
+                return End::Returned(Some(worker));
             }
             let fact = self.befall(action, &mut life, oracle);
             if matches!(action, Action::Run(_)) {
@@ -172,6 +187,7 @@ impl World {
             life.known |= fact == Fact::Known;
             life.acked |= fact == Fact::Acked;
             life.excused |= matches!(fact, Fact::Gone | Fact::Interrupted);
+            life.gave_back |= fact == Fact::Interrupted;
             self.path.push((state, fact));
             let (to, todo) = next(state, fact, &self.law).expect("legal");
             assert!(todo == to.action() && (fact != Fact::Broken || to == state), "{state:?} {fact:?} {to:?} {todo:?}");
@@ -187,7 +203,7 @@ impl World {
             if matches!(action, A::Park { .. } | A::Hold(..) | A::Bury) && oracle.choose(2) == 1 {
                 self.perform(action, life, oracle);
             }
-            let drained = matches!(action, A::Hold(..)) && oracle.choose(2) == 1;
+            let drained = matches!(action, A::Hold(..) | A::Await | A::Prove) && oracle.choose(2) == 1;
             return if drained { Fact::Interrupted } else { Fact::Gone };
         }
         if !matches!(action, A::Run(_)) && self.spend(oracle, |t| &mut t.breaks) {
@@ -208,26 +224,44 @@ impl World {
             Action::Look if self.spend(oracle, |t| &mut t.early) => {
                 Fact::Early { remaining: EARLY, attempt: life.attempt }
             }
+            Action::Look if self.content == Content::Unrouted && self.spend(oracle, |t| &mut t.elsewhere) => {
+                Fact::RoutedElsewhere
+            }
             Action::Look if self.content == Content::Unrouted => Fact::Unrouted,
             Action::Look if self.content == Content::Looped => Fact::Looped,
             Action::Look if life.copy.again => Fact::Redelivered { attempt: life.attempt },
             Action::Look => Fact::Fresh { attempt: life.attempt },
             Action::Record(start) => {
-                let before = self.starts;
-                if start.company == Company::Shared {
-                    life.unfinished = self.starts;
+                let mut known = self.starts.clone();
+                if known.is_empty() {
+                    known.extend(life.copy.before);
                 }
-                life.recorded = start.company == Company::Alone || self.starts < start.nth;
+                let others: Vec<u32> = known.iter().copied().filter(|worker| *worker != life.worker).collect();
+                let kept = others.len() <= start.most as usize;
+                if kept {
+                    self.starts = [others.clone(), vec![life.worker]].concat();
+                }
+                life.recorded |= kept;
                 life.attempt = life.attempt.max(self.failed + 1);
-                self.starts = self.starts.max(start.nth);
-                Fact::Recorded { unfinished: before, failed: self.failed }
+                let dead = others.iter().filter(|worker| self.dead.contains(worker)).count();
+                let met = if life.proven { dead } else { others.len() } as u32;
+                if start.company == Company::Shared {
+                    life.met = met;
+                }
+                Fact::Recorded { kept, met, proven: life.proven, failed: self.failed }
             }
+            Action::Prove => {
+                life.proven = true;
+                Fact::Waited
+            }
+            Action::Await => Fact::Waited,
             Action::Run(run) => self.run(run, life, oracle),
             Action::Hold(run, after) => {
                 assert_eq!((run.attempt, after, self.law.wait), (life.attempt, wait_after(run.attempt), Wait::InPlace));
-                (self.starts, self.failed) = (0, run.attempt);
+                (self.starts, self.failed) = (vec![], run.attempt);
                 life.attempt += 1;
                 life.recorded &= run.company == Company::Shared;
+                life.noted = true;
                 Fact::Waited
             }
             Action::CommitDone => {
@@ -254,7 +288,7 @@ impl World {
                     life.refused = true;
                     return Fact::Refused;
                 }
-                self.delayed.push(Copy { attempt, again: false });
+                self.delayed.push(Copy { attempt, ..Copy::default() });
                 Fact::Confirmed
             }
             Action::Bury => {
@@ -263,9 +297,12 @@ impl World {
                 Fact::Confirmed
             }
             Action::Release => {
-                assert!(life.recorded && !life.released, "took back what it had not recorded: {life:?}");
+                assert!(
+                    (life.recorded || life.noted) && !life.released,
+                    "took back what it had not recorded: {life:?}"
+                );
                 life.released = true;
-                self.starts = self.starts.saturating_sub(1);
+                self.starts.retain(|worker| *worker != life.worker);
                 Fact::Released
             }
             Action::Ack => {
@@ -285,9 +322,9 @@ impl World {
         assert!(run.attempt <= self.law.retry.attempts, "ran beyond the limit: {self:?}");
         assert_eq!(run.record == Record::Present, life.recorded, "{life:?}");
         assert_eq!(life.recorded, life.copy.again, "what comes again is recorded first, what is new is not: {life:?}");
-        let spared = life.unfinished == 0 && (!life.copy.again || self.law.crash_limit > 2);
+        let spared = life.met <= u32::from(self.law.crash_limit > 2);
         assert!(spared || run.company == Company::Alone, "{life:?}");
-        assert!(!life.recorded || life.unfinished + 1 < self.law.crash_limit, "ran at the crash limit: {life:?}");
+        assert!(life.met < self.law.crash_limit, "ran at the crash limit: {life:?}");
         self.runs.0 += 1;
         assert!(self.runs.0 <= self.runs.1, "too many runs: {self:?}");
         // A second copy may run meanwhile: a zombie and its successor.
@@ -312,7 +349,7 @@ impl World {
             return Fact::Superseded;
         }
         self.outcome = Some(outcome);
-        (self.starts, self.failed) = (0, 0);
+        (self.starts, self.failed) = (vec![], 0);
         match outcome {
             Outcome::Done => self.effects += 1,
             Outcome::Dead => self.letters += 1,
@@ -337,10 +374,10 @@ impl Life {
             Doom::Unstorable { attempts } => {
                 self.refused && self.result == Some(Fact::Succeeded) && attempts == self.attempt
             }
+            // Of each of them it is known, and each of them did.
             Doom::Crash { attempts } => {
-                attempts == self.unfinished + 1
-                    && attempts >= world.law.crash_limit
-                    && world.crashes + 1 >= world.law.crash_limit
+                let dead = world.dead.len() as u32;
+                self.proven && attempts == self.met && (world.law.crash_limit..=dead).contains(&attempts)
             }
         };
         assert!(deserved, "{doom:?} is not what happened: {self:?} {world:?}");

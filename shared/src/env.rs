@@ -97,6 +97,7 @@ pub const VARIABLES: &[Variable] = &[
     worker("WARREN_PREFETCH", "200", "unacked events a partition"),
     worker("WARREN_CRASH_LIMIT", "3", "deaths of the process after which a redelivered event is dead-lettered, at least 2"),
     worker("WARREN_HOP_LIMIT", "100", "events that may cause one another, by emit, gather, processes or replies; the next one is dead-lettered (loop)"),
+    worker("WARREN_UNKNOWN_GRACE", "10m", "how long an event waits that only another worker of the pool has a route for; then it is dead-lettered"),
     worker("WARREN_DECLARE", "auto", "auto: declare the topology at the start; never: only check that it is there"),
     worker("WARREN_DRAIN_TIMEOUT", "25s", "how long running handlers may finish after SIGTERM"),
     worker("WARREN_CONSUMER_TIMEOUT", "30m", "the broker's consumer_timeout; a route that could hold a delivery longer is refused"),
@@ -211,6 +212,7 @@ pub struct Settings {
     pub crash_limit: u32,
     /// Events that may cause one another.
     pub hop_limit: u32,
+    pub unknown_grace: Duration,
     pub declare: Declare,
     pub drain_timeout: Duration,
     pub consumer_timeout: Duration,
@@ -293,6 +295,7 @@ impl Read<'_> {
         let prefetch = self.get("WARREN_PREFETCH", |v| number(v, 1_u16, 2000));
         let crash_limit = self.get("WARREN_CRASH_LIMIT", |v| number(v, 2_u32, 100));
         let hop_limit = self.get("WARREN_HOP_LIMIT", |v| number(v, 1_u32, 1_000_000));
+        let unknown_grace = self.get("WARREN_UNKNOWN_GRACE", duration);
         let declare = self.get("WARREN_DECLARE", |v| choice(v, [("auto", Declare::Auto), ("never", Declare::Never)]));
         let drain_timeout = self.get("WARREN_DRAIN_TIMEOUT", duration);
         let consumer_timeout = self.get("WARREN_CONSUMER_TIMEOUT", duration);
@@ -329,6 +332,7 @@ impl Read<'_> {
             prefetch: prefetch?,
             crash_limit: crash_limit?,
             hop_limit: hop_limit?,
+            unknown_grace: unknown_grace?,
             declare: declare?,
             drain_timeout: drain_timeout?,
             consumer_timeout: consumer_timeout?,

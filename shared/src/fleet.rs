@@ -23,7 +23,7 @@
 //!
 //! Nobody is declared dead by a clock: a worker is, when several of our own words came back and none of its own. Who
 //! hears nothing at all keeps everybody.
-use crate::assignment::Member;
+use crate::assignment::{Member, Seat, assign};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -50,6 +50,15 @@ pub struct Word {
     pub store: String,
     /// Partitions a lane.
     pub partitions: u16,
+    /// Its lanes; none named: whichever there are.
+    #[serde(default)]
+    pub lanes: Vec<String>,
+    /// The patterns of its routes.
+    #[serde(default)]
+    pub routes: Vec<String>,
+    /// Queues that brought it events which another worker has a route for, and it has not.
+    #[serde(default)]
+    pub lacking: Vec<String>,
     /// Its version.
     pub version: String,
     /// Its Lamport clock.
@@ -108,11 +117,19 @@ impl Word {
             running: 0,
             store: String::new(),
             partitions: 0,
+            lanes: Vec::new(),
+            routes: Vec::new(),
+            lacking: Vec::new(),
             version: String::new(),
             clock: 0,
             held: Vec::new(),
             troubles: Vec::new(),
         }
+    }
+
+    /// What of it the assignment rests on.
+    fn serves(&self) -> (u32, &[String], &[String], &[String]) {
+        (self.capacity, &self.lanes, &self.routes, &self.lacking)
     }
 
     /// Who speaks.
@@ -163,6 +180,8 @@ pub enum Heard {
     Joined(Member),
     /// Somebody known.
     Known,
+    /// Somebody known, who can serve other partitions than before.
+    Changed,
     /// Somebody takes nothing more.
     Left(Member),
     /// Somebody wants to know, and is no member.
@@ -244,10 +263,14 @@ impl Fleet {
         if word.kind == Kind::Leave {
             return if self.others.remove(&member).is_some() { Heard::Left(member) } else { Heard::Known };
         }
-        match self.others.insert(member.clone(), Peer { word, missed: 0 }) {
-            Some(_) => Heard::Known,
-            None => Heard::Joined(member),
-        }
+        let serves = |word: &Word| self.others.get(&member).map(|known| known.word.serves() == word.serves());
+        let heard = match serves(&word) {
+            Some(true) => Heard::Known,
+            Some(false) => Heard::Changed,
+            None => Heard::Joined(member.clone()),
+        };
+        self.others.insert(member, Peer { word, missed: 0 });
+        heard
     }
 
     fn give_up(&mut self) -> Vec<Member> {
@@ -267,11 +290,21 @@ impl Fleet {
         (ours != theirs).then(|| Conflict::Partitions { name: name(), ours, theirs })
     }
 
-    /// All that live, we too, with their capacities.
+    /// How many live, we too.
     #[must_use]
-    pub fn members(&self) -> BTreeMap<Member, u32> {
-        let others = self.others.iter().map(|(member, peer)| (member.clone(), peer.word.capacity));
-        others.chain([(self.me.member(), self.me.capacity)]).collect()
+    pub fn size(&self) -> usize {
+        self.others.len() + 1
+    }
+
+    /// What the others said last.
+    pub fn others(&self) -> impl Iterator<Item = &Word> {
+        self.others.values().map(|peer| &peer.word)
+    }
+
+    /// A seat for each of these partitions, each with its lane.
+    #[must_use]
+    pub fn seats(&self, partitions: &[(&str, &str)]) -> Vec<Seat> {
+        seats(partitions, self.others().chain([&self.me]))
     }
 
     /// What we say of ourselves.
@@ -297,6 +330,42 @@ impl Fleet {
     pub fn is_behind(&self, queue: &str, stamp: u64) -> bool {
         self.others.keys().filter_map(|member| self.place(member, queue)).any(|other| other < stamp)
     }
+}
+
+/// A seat for each partition, given as lane and queue, among the workers that can serve it: those that have its lane, but for
+/// those whose routes did not suffice there, while somebody's may.
+///
+/// Every worker computes the same of the partitions that it can serve: what it knows nothing of plays no part there. While
+/// a deploy is in progress, workers differ.
+#[must_use]
+pub fn seats<'a>(partitions: &[(&str, &str)], words: impl Iterator<Item = &'a Word>) -> Vec<Seat> {
+    let words: Vec<&Word> = words.collect();
+    // What the same workers can serve is dealt out together: then their shares of all of it are even.
+    let mut groups: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+    for (p, (lane, queue)) in partitions.iter().enumerate() {
+        groups.entry(able(&words, lane, queue)).or_default().push(p);
+    }
+    let mut seats = vec![Seat::default(); partitions.len()];
+    for (able, group) in groups {
+        let queues: Vec<String> = group.iter().map(|p| partitions[*p].1.to_owned()).collect();
+        let members = able.iter().map(|w| (words[*w].member(), words[*w].capacity)).collect();
+        group.into_iter().zip(assign(&queues, &members)).for_each(|(p, seat)| seats[p] = seat);
+    }
+    seats
+}
+
+fn able(words: &[&Word], lane: &str, queue: &str) -> Vec<usize> {
+    let has_lane = |w: &usize| words[*w].lanes.is_empty() || words[*w].lanes.iter().any(|l| l == lane);
+    let have: Vec<usize> = (0..words.len()).filter(has_lane).collect();
+    // Whoever has the same routes would find the same.
+    let poor: Vec<&[String]> = words
+        .iter()
+        .filter(|word| word.lacking.iter().any(|lacking| lacking == queue))
+        .map(|word| word.routes.as_slice())
+        .collect();
+    let suffice = |w: &usize| !poor.contains(&words[*w].routes.as_slice());
+    let able: Vec<usize> = have.iter().copied().filter(suffice).collect();
+    if able.is_empty() { have } else { able }
 }
 
 /// A queue's line as these workers tell it: their places there, the first one first.

@@ -94,11 +94,13 @@ pub const LADDER: [Step; 6] = [
 ];
 
 impl Step {
-    /// Where a wait is spent next. A wait may overshoot by a fifth to save hops; what is left after a step hops again.
+    /// Where a wait is spent next, and what is left of it then. A wait may overshoot by a fifth to save hops; what is left
+    /// after a step hops again.
     #[must_use]
-    pub fn toward(remaining: Duration) -> Self {
+    pub fn toward(remaining: Duration) -> (Self, Duration) {
         let fits = |step: &&Self| step.ttl.mul_f64(0.8) <= remaining;
-        *LADDER.iter().rev().find(fits).unwrap_or(&LADDER[0])
+        let step = *LADDER.iter().rev().find(fits).unwrap_or(&LADDER[0]);
+        (step, remaining.saturating_sub(step.ttl))
     }
 }
 
@@ -126,9 +128,10 @@ mod tests {
         #[test]
         fn the_ladder_ends_near_the_wish_in_few_hops(wish in 1_u64..86_400_000) {
             let wish = Duration::from_millis(wish);
-            let (mut waited, mut hops) = (Duration::ZERO, 0);
-            while waited + DUE < wish || hops == 0 {
-                waited += Step::toward(wish - waited).ttl;
+            let (mut waited, mut hops, mut remaining) = (Duration::ZERO, 0, wish);
+            while remaining > DUE || hops == 0 {
+                let (step, left) = Step::toward(remaining);
+                (waited, remaining) = (waited + step.ttl, left);
                 hops += 1;
             }
             prop_assert!(waited.as_secs_f64() <= wish.as_secs_f64() * 1.25 + 1.0, "{waited:?} for {wish:?}");

@@ -288,14 +288,29 @@ impl Topology {
             let headers = vec![("x-match", Argument::Text("all".into())), (LANE, Argument::Text(lane.name.clone()))];
             all.push(bind(&self.door(), Destination::Exchange(self.lane(&lane.name)), "", headers));
         }
+        let foreign = self.subscriptions.iter().filter(|subscription| subscription.exchange != BUS);
+        all.extend(foreign.map(|subscription| Declaration::Foreign { name: subscription.exchange.clone() }));
         // Last: events flow in only when all that catches them is there.
-        for subscription in &self.subscriptions {
-            let Subscription { exchange, pattern, .. } = subscription;
-            if exchange != BUS {
-                all.push(Declaration::Foreign { name: exchange.clone() });
-            }
-            all.push(bind(exchange, Destination::Exchange(self.door()), pattern.as_str(), vec![]));
-        }
+        let foreign =
+            self.subscriptions.iter().map(|subscription| &subscription.exchange).filter(|exchange| *exchange != BUS);
+        all.extend(foreign.map(|exchange| Declaration::Foreign { name: exchange.clone() }));
+        all.extend(self.inflow());
+        all
+    }
+
+    /// The bindings by which events flow into the pool.
+    fn inflow(&self) -> impl Iterator<Item = Declaration> {
+        let bound = |Subscription { exchange, pattern, .. }: &Subscription| {
+            bind(exchange, Destination::Exchange(self.door()), pattern.as_str(), vec![])
+        };
+        self.subscriptions.iter().map(bound)
+    }
+
+    /// Everything but the bindings by which events flow in.
+    #[must_use]
+    pub fn declarations_but_inflow(&self) -> Vec<Declaration> {
+        let mut all = self.declarations();
+        all.truncate(all.len() - self.subscriptions.len());
         all
     }
 

@@ -8,6 +8,7 @@ use crate::json;
 use crate::seal::SEAL;
 use crate::structured::{charset, is_ascii, is_json, is_text, is_utf8};
 use std::borrow::Cow;
+use std::time::Duration;
 
 /// A header's value.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -79,8 +80,8 @@ pub struct Message {
 
 /// The attempt that this delivery is, counted from 1.
 pub const ATTEMPT: &str = "warren-attempt";
-/// Not before this time, in milliseconds since 1970.
-pub const DUE: &str = "warren-due";
+/// What is left of its wait after this delivery, in milliseconds: two machines' clocks need not agree on a moment.
+pub const LEFT: &str = "warren-left";
 /// The lane it asks for.
 pub const LANE: &str = "warren-lane";
 /// How often it was replayed from the dead letters.
@@ -101,8 +102,8 @@ pub struct Incoming {
     pub identified: Identified,
     /// The attempt that this is, counted from 1.
     pub attempt: u32,
-    /// Not before this time, in milliseconds since 1970.
-    pub due: Option<i64>,
+    /// What is left of its wait.
+    pub left: Duration,
     /// How often it was replayed from the dead letters.
     pub replayed: u32,
     /// Its AMQP priority.
@@ -229,7 +230,7 @@ impl Message {
         let hops = small(HOPS).unwrap_or(0);
         // Whoever says nothing may have done something.
         let untouched = attempt == 1 || self.header(UNTOUCHED) == Some(&Value::Bool(true));
-        let due = self.number(DUE).and_then(|ms| i64::try_from(ms).ok());
+        let left = Duration::from_millis(self.number(LEFT).unwrap_or(0));
         let priority = self.priority.unwrap_or(0);
         let unknown = foreign.as_ref().filter(|_| coding == Coding::Unknown).and_then(|f| f.content_encoding.clone());
         let (mut event, identified) = self.event(body, limits, fresh_id).map_err(|why| match &unknown {
@@ -244,7 +245,7 @@ impl Message {
             event.edit().foreign = Some(foreign);
         }
         let identity = event.identity();
-        Ok(Incoming { identity, event, identified, attempt, due, replayed, priority, hops, untouched })
+        Ok(Incoming { identity, event, identified, attempt, left, replayed, priority, hops, untouched })
     }
 
     fn event(

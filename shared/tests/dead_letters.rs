@@ -54,7 +54,7 @@ proptest! {
         prop_assert_eq!(text(&alive, "warren-lane"), Some("high"));
         let incoming = read(&alive);
         prop_assert_eq!(&incoming.event, &event);
-        prop_assert_eq!((incoming.attempt, incoming.due, incoming.replayed), (1, None, replayed + 1));
+        prop_assert_eq!((incoming.attempt, incoming.left, incoming.replayed), (1, Default::default(), replayed + 1));
         prop_assert_eq!(incoming.identified, Identified::ByItself);
     }
 

@@ -19,7 +19,7 @@ struct Golden {
     key: Option<String>,
     lane: Option<String>,
     attempt: Option<u32>,
-    due: Option<i64>,
+    left: Option<u64>,
     replayed: Option<u32>,
     priority: Option<u8>,
     identified: Option<String>,
@@ -132,7 +132,8 @@ fn check(golden: Golden) {
         assert_eq!(read.event.key(), key);
     }
     assert_eq!(read.event.lane(), golden.lane.as_deref());
-    assert_eq!((read.attempt, read.due), (golden.attempt.unwrap_or(1), golden.due));
+    let left = std::time::Duration::from_millis(golden.left.unwrap_or(0));
+    assert_eq!((read.attempt, read.left), (golden.attempt.unwrap_or(1), left));
     assert_eq!((read.replayed, read.priority), (golden.replayed.unwrap_or(0), golden.priority.unwrap_or(0)));
     let identified = golden.identified.as_deref() == Some("on arrival");
     assert_eq!(read.identified == Identified::OnArrival, identified);

@@ -18,7 +18,7 @@ proptest! {
         let incoming = message.read(Limits::default(), || unreachable!("it has its id")).expect("readable");
         prop_assert_eq!(&incoming.event, &event);
         prop_assert_eq!((incoming.identified, incoming.attempt), (Identified::ByItself, 1));
-        prop_assert_eq!((incoming.due, incoming.replayed, incoming.priority), (None, 0, 0));
+        prop_assert_eq!((incoming.left, incoming.replayed, incoming.priority), (Default::default(), 0, 0));
 
         prop_assert_eq!((message.exchange.as_str(), message.routing_key.as_str()), ("warren.events", event.kind()));
         prop_assert_eq!(message.message_id.as_deref(), Some(event.id()));

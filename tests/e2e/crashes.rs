@@ -9,10 +9,6 @@ use warren_tests::{Lab, Ledger, Process, event, events, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const SIGKILL: i32 = 9;
-/// More deaths than the test causes. An event that was handed over counts as one that a death has met already, so that two kills
-/// are enough to condemn it at a limit of three.
-const BLAMELESS: &str = "10";
-
 /// What a crash at one point left behind, and what it came to.
 struct Aftermath {
     /// Rows of the store when the first worker was dead.
@@ -146,7 +142,6 @@ fn fleet(lab: &Lab, size: usize) -> anyhow::Result<Vec<Process>> {
 
 async fn survive_kills(name: &str, workers: usize, count: usize) -> anyhow::Result<()> {
     let mut lab = Lab::new(name)?;
-    lab.set("WARREN_CRASH_LIMIT", BLAMELESS);
     lab.set("WARREN_ROUTES", &lab.fresh_route(""));
     lab.declare().await?;
     let heard = lab.recorded().await?;
@@ -180,7 +175,6 @@ async fn five_kills_under_load_with_three_workers_keep_the_account() -> anyhow::
 #[tokio::test]
 async fn retries_and_dead_letters_across_kills_end_once_each() -> anyhow::Result<()> {
     let mut lab = Lab::new("crashes-retries")?;
-    lab.set("WARREN_CRASH_LIMIT", BLAMELESS);
     lab.set("WARREN_ROUTES", &lab.fresh_route(", retry: {attempts: 4, backoff: 100ms}"));
     lab.declare().await?;
     let heard = lab.recorded().await?;
@@ -296,6 +290,32 @@ async fn rows_adopted_while_the_connection_breaks_are_published_all_the_same() -
     let ledger = lab.account(&ids, &heard, PATIENCE).await?;
     ensure!(ledger.adds_up() && ledger.handled == 100, "{ledger:?}{}", lab.logs());
     lab.calls_in_order()
+}
+
+#[tokio::test]
+async fn what_was_handed_over_has_met_no_death() -> anyhow::Result<()> {
+    let mut lab = Lab::new("crashes-handed-over")?;
+    lab.set("WARREN_ROUTES", &lab.fresh_route(", timeout: 90s"));
+    lab.declare().await?;
+    let heard = lab.recorded().await?;
+    let calls = |id: &str| lab.calls().into_iter().filter(|[_, called, ..]| called == id).count();
+    let mut first = lab.worker()?;
+    let behind = event("behind", "order.placed", "k", json!({"sleeps": [60, 60, 0]}));
+    let ids = lab.send(&[event("before", "order.placed", "k", json!({"sleeps": [3, 0, 0]})), behind]).await?;
+    until("the one before it runs", PATIENCE, || calls("before") == 1).await?;
+    // What waits is given back, so it is delivered again; then two workers are killed that handle it.
+    ensure!(first.terminate(PATIENCE).await?.success(), "{}", first.log());
+    ensure!(calls("before") == 1 && lab.inbox() == 1 && calls("behind") == 0, "{:?}", lab.calls());
+    for killed in 1..=2 {
+        let mut worker = lab.worker()?;
+        until("it runs", PATIENCE, || calls("behind") == killed).await?;
+        worker.kill().await?;
+    }
+    let _last = lab.worker()?;
+    let ledger = lab.account(&ids, &heard, PATIENCE).await?;
+    ensure!(ledger.adds_up() && ledger.handled == 2 && ledger.dead.is_empty(), "{ledger:?}{}", lab.logs());
+    ensure!(calls("behind") == 3 && lab.starts() == 0, "{:?}, {} starts", lab.calls(), lab.starts());
+    Ok(())
 }
 
 #[tokio::test]

@@ -147,10 +147,11 @@ async fn a_drain_takes_back_the_recorded_starts_of_the_innocent() -> anyhow::Res
     killed.kill().await?;
     // All of them are redelivered, so their starts are recorded; most are still waiting inside the program.
     let mut drained = lab.worker_with(&[("WARREN_DRAIN_TIMEOUT", "1s")])?;
-    until("starts are recorded", PATIENCE, || (1..=10).contains(&lab.starts())).await?;
+    until("starts are recorded", PATIENCE, || (1..=10).contains(&lab.starts_of("w1"))).await?;
     drain(&mut drained).await?;
     ensure!(lab.inbox() < 10, "the drain was to interrupt some");
-    ensure!(lab.starts() == 0, "{} starts are left", lab.starts());
+    ensure!(lab.starts_of("w1") == 0, "{} starts are left", lab.starts_of("w1"));
+    ensure!(lab.starts_of("w0") > 0, "it is forgotten who died");
     let _last = lab.worker()?;
     let ledger = lab.account(&ids, &heard, PATIENCE).await?;
     ensure!(ledger.adds_up() && ledger.handled == 10, "{ledger:?}{}", lab.logs());

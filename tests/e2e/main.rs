@@ -3,9 +3,11 @@
 mod basics;
 mod broker_faults;
 mod certificates;
+mod clocks;
 mod cluster;
 mod crashes;
 mod dead_letters;
+mod deploys;
 mod drain;
 mod embedded;
 mod fleet;

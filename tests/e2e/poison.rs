@@ -200,7 +200,17 @@ async fn connections_that_break_again_and_again_are_no_events_fault() -> anyhow:
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_event_that_wanders_through_the_fleet_as_connections_break_is_innocent() -> anyhow::Result<()> {
-    let mut lab = Lab::new("poison-wanderer")?;
+    wanders("poison-wanderer", "3").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_event_that_wanders_is_innocent_where_two_deaths_condemn() -> anyhow::Result<()> {
+    wanders("poison-wanderer-harsh", "2").await
+}
+
+async fn wanders(name: &str, limit: &str) -> anyhow::Result<()> {
+    let mut lab = Lab::new(name)?;
+    lab.set("WARREN_CRASH_LIMIT", limit);
     lab.set("WARREN_ROUTES", &lab.fresh_route(", timeout: 90s"));
     lab.set("WARREN_PARTITIONS", "1");
     lab.declare().await?;

@@ -134,6 +134,26 @@ async fn two_workers_with_the_same_event_at_the_same_time_apply_it_once() -> any
     fleet.stop(&lab).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_that_wait_for_a_connection_wait_for_other_handlers_and_not_for_the_database() -> anyhow::Result<()> {
+    let more = [("TEST_TRANSFERS", "accounts,transfers"), ("WARREN_DATABASE_CONNECTIONS", "1")];
+    let lab = lab("pg-queue", Postgres::shared("pg-queue")?, &more).await?;
+    Bank::open(&lab).await?;
+    // One after the other: the last one waits longer than any call of the store may take (20 s, in tests 4).
+    let slow = |n: usize| {
+        let data = json!({"from": n, "to": n + 10, "amount": 1, "sleep": 2.5});
+        event(&format!("t{n}"), "transfer.asked", &format!("k{n}"), data)
+    };
+    let ids = lab.send(&(0..4).map(slow).collect::<Vec<_>>()).await?;
+    let mut fleet = Fleet::default();
+    fleet.scale(&lab, 1).await?;
+    let ledger = lab.tally(&ids, PATIENCE).await?;
+    ensure!(ledger.adds_up() && ledger.handled == 4, "{ledger}");
+    let log = fleet.workers["w0"].log();
+    ensure!(!log.contains("runs again"), "the database was blamed:\n{log}");
+    fleet.stop(&lab).await
+}
+
 /// Workers under load while something happens to the database. They stop taking, dead-letter nothing, and go on by themselves.
 async fn survives(
     name: &str,

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use warren_publisher::Broker;
-use warren_shared::assignment::assign;
 use warren_shared::env::Secret;
-use warren_shared::fleet::line;
+use warren_shared::fleet::{line, seats};
 use warren_shared::topology::BUS;
 use warren_shared::{Event, Limits};
 
@@ -282,9 +281,11 @@ impl Lab {
         let urls = self.environment.iter().find(|(name, _)| name == "AMQP_URL").map(|(_, url)| url.clone());
         let broker = Broker::new(Secret::new(urls.context("AMQP_URL")?), "test");
         let words = warren_worker::fleet::ask(broker, &topology, Duration::from_secs(30), workers).await?;
-        let (queues, members) = (topology.queues(), words.iter().map(|word| (word.member(), word.capacity)).collect());
+        let queues = topology.queues();
+        let lanes = topology.lanes.iter().flat_map(|lane| vec![lane.name.as_str(); topology.partitions.into()]);
+        let partitions: Vec<(&str, &str)> = lanes.zip(queues.iter().map(String::as_str)).collect();
         let mut map = Map { active: BTreeMap::new(), settled: true, workers: words.len() };
-        for (queue, seat) in queues.iter().zip(assign(&queues, &members)) {
+        for (queue, seat) in queues.iter().zip(seats(&partitions, words.iter())) {
             let line: Vec<&str> = line(&words, queue).into_iter().map(|(_, name)| name).collect();
             let wanted = [&seat.owner, &seat.standby].into_iter().flatten();
             map.settled &= wanted.map(|member| member.name.as_str()).eq(line.iter().copied());

@@ -370,6 +370,13 @@ impl Lab {
         self.count("starts").unwrap_or(usize::MAX)
     }
 
+    /// Those of them that name a worker.
+    #[must_use]
+    pub fn starts_of(&self, worker: &str) -> usize {
+        let runs = if self.postgres.is_some() { "runs::text" } else { "runs" };
+        self.count(&format!("starts WHERE {runs} LIKE '%{worker}#%'")).unwrap_or(usize::MAX)
+    }
+
     /// Messages that wait in the partitions, ready to be delivered.
     ///
     /// # Errors

@@ -87,14 +87,17 @@ struct Transfer {
     amount: i64,
     #[serde(default)]
     fail: bool,
+    #[serde(default)]
+    sleep: f64,
 }
 
 /// The statement that changes an account, and the one that notes a transfer.
 type Tables = Arc<(String, String)>;
 
 async fn transfer(event: Event, tx: Tx, tables: Tables) -> Result<Reply, Failure> {
-    let Transfer { from, to, amount, fail } = event.json()?;
+    let Transfer { from, to, amount, fail, sleep } = event.json()?;
     let (change, note) = &*tables;
+    tokio::time::sleep(Duration::from_secs_f64(sleep)).await;
     tx.execute(change, &[&-amount, &from]).await?;
     if fail {
         return Err(Failure::dead("the other bank refuses"));

@@ -35,13 +35,13 @@ pub struct Vitals {
 }
 
 /// The loop turns every second; a process whose loop stands for so long is better replaced.
-const STALLED_MS: i64 = 30_000;
+const STALLED: Duration = Duration::from_secs(30);
 
 impl Vitals {
     /// Whether the process itself works. Never asks the broker: an outage must not restart the fleet.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        jiff::Timestamp::now().as_millisecond() - self.pulse.turned.load(Ordering::Relaxed) < STALLED_MS
+        self.pulse.silence() < STALLED
     }
 
     /// Why the worker has not begun yet; empty once it has, whatever comes later.

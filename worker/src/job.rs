@@ -1,7 +1,7 @@
 //! A delivery on its way through the worker: what it is, and what its outcome writes.
 use crate::consumer::{Proof, Ticket};
 use crate::handler::Reply;
-use crate::store::{Effect, Entry, Kept, Outcome, Recorded, Seen};
+use crate::store::{Effect, Entry, Kept, Other, Outcome, Recorded, Seen};
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -12,7 +12,7 @@ use warren_shared::process::wire::{self, Failed};
 use warren_shared::retry::Step;
 use warren_shared::seal::SEAL;
 use warren_shared::topology::{BUS, Topology};
-use warren_shared::wire::{ATTEMPT, DUE, HOPS, Identified, LANE, REPLAYED, UNTOUCHED};
+use warren_shared::wire::{ATTEMPT, HOPS, Identified, LANE, LEFT, REPLAYED, UNTOUCHED};
 use warren_shared::{Event, Identity, Incoming, Limits, Message, Unreadable};
 
 /// What a delivery holds.
@@ -41,12 +41,16 @@ pub(crate) struct Job {
     pub(crate) state: State,
     /// Whether the store counts its start.
     pub(crate) mark: Mark,
+    /// Whether the store was told of an attempt that failed in place.
+    pub(crate) noted: bool,
     /// What is known of it, and waits until what another worker left is relayed.
     pub(crate) known: Option<Fact>,
     /// The hash of its key, where the schedule handed it out.
     pub(crate) key: Option<u64>,
     /// How urgent it is in its lane.
     pub(crate) priority: u8,
+    /// Who may have died with it, when that was asked first.
+    pub(crate) accusation: Option<Accusation>,
     /// What the handler returned.
     pub(crate) reply: Reply,
     /// The state that its handler waits for.
@@ -74,6 +78,33 @@ pub(crate) struct Job {
     pub(crate) since: Instant,
     /// When its event happened, in milliseconds since 1970.
     pub(crate) born: Option<i64>,
+}
+
+/// Who may have died with an event, and when that was told.
+#[derive(Debug)]
+pub(crate) struct Accusation {
+    /// Beats of this worker until then.
+    pub(crate) beats: u64,
+    pub(crate) others: Vec<Other>,
+}
+
+impl Accusation {
+    /// How many of those that are named now may have died, and whether all of them did: who beat since lives, and who did not
+    /// after so long is dead.
+    pub(crate) fn judge(&self, now: &[Other], long: bool) -> (usize, bool) {
+        let lives = |other: &&Other| self.known(other).is_some_and(|known| other.seen > known.seen);
+        let met = now.iter().filter(|other| !lives(other)).count();
+        (met, long && self.names(now))
+    }
+
+    /// Whether all of these were named.
+    pub(crate) fn names(&self, now: &[Other]) -> bool {
+        now.iter().all(|other| self.known(other).is_some())
+    }
+
+    fn known(&self, other: &Other) -> Option<&Other> {
+        self.others.iter().find(|known| known.run == other.run)
+    }
 }
 
 /// What is handled one after the other.
@@ -150,9 +181,11 @@ impl Job {
             content,
             state: State::Received,
             mark: Mark::Absent,
+            noted: false,
             known: None,
             key: None,
             priority: 0,
+            accusation: None,
             reply: Reply::default(),
             needs: None,
             kept: None,
@@ -276,7 +309,7 @@ impl Job {
         }
         sent.extend(later.iter().map(|(after, event)| {
             let lane = event.lane().map(str::to_owned);
-            delayed(house, event, *after, jiff::Timestamp::now().as_millisecond(), 1, lane.as_deref())
+            delayed(house, event, *after, 1, lane.as_deref())
         }));
         let hops = hops.unwrap_or(self.hops + 1);
         sent.into_iter().map(|message| message.after_hops(hops)).collect()
@@ -306,10 +339,10 @@ impl Job {
         Entry { seen: self.seen(), started: self.started(), partition: self.ticket.place().queue.clone() }
     }
 
-    /// Whose record of starts its outcome ends. A first delivery of a first attempt has none; a later attempt may have
-    /// what an earlier one left, when the process died in it.
+    /// Whose record of starts its outcome ends. A first delivery of a first attempt has none, until it fails in place; a later
+    /// attempt may have what an earlier one left, when the process died in it.
     fn started(&self) -> Option<Identity> {
-        if self.redelivered || self.attempt() > 1 { self.suspect() } else { None }
+        if self.redelivered || self.attempt() > 1 || self.noted { self.suspect() } else { None }
     }
 
     /// The broker will never take its copy: of what is no event the letter goes without the body.
@@ -345,10 +378,10 @@ impl Job {
     }
 
     /// The copy that waits in a delay queue, or the dead letter of what is no event.
-    pub(crate) fn copy(&self, house: &House, now_ms: i64) -> Option<Message> {
+    pub(crate) fn copy(&self, house: &House) -> Option<Message> {
         match (self.state.action(), &self.content) {
             (Action::Park { after, attempt }, Content::Event { event, replayed, .. }) => {
-                let mut message = delayed(house, event, after, now_ms, attempt, Some(&self.ticket.place().lane_name));
+                let mut message = delayed(house, event, after, attempt, Some(&self.ticket.place().lane_name));
                 if *replayed > 0 {
                     message.set(REPLAYED, *replayed);
                 }
@@ -380,9 +413,10 @@ impl Job {
         }
     }
 
-    /// Whether it holds one of its route's places. A wait in place holds it too: the next attempt does not ask again.
+    /// Whether it holds one of its route's places. A wait in place holds it too: what follows does not ask again.
     pub(crate) fn holds_place(&self) -> bool {
-        self.place() != Place::Elsewhere || self.key.is_some() && matches!(self.state, State::Holding { .. })
+        let waits = matches!(self.state, State::Holding { .. } | State::Accused { .. });
+        self.place() != Place::Elsewhere || self.key.is_some() && waits
     }
 
     /// How long it has been here.
@@ -392,10 +426,13 @@ impl Job {
 }
 
 /// An event that comes to the pool after a time.
-fn delayed(house: &House, event: &Event, after: Duration, now_ms: i64, attempt: u32, lane: Option<&str>) -> Message {
-    let mut message = Message::to_lane(event, &house.topology.delay(Step::toward(after)), lane);
+fn delayed(house: &House, event: &Event, after: Duration, attempt: u32, lane: Option<&str>) -> Message {
+    let (step, left) = Step::toward(after);
+    let mut message = Message::to_lane(event, &house.topology.delay(step), lane);
     message.set(ATTEMPT, attempt);
-    message.set(DUE, now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
+    if !left.is_zero() {
+        message.set(LEFT, i64::try_from(left.as_millis()).unwrap_or(i64::MAX));
+    }
     message
 }
 
@@ -427,5 +464,25 @@ pub(crate) fn outgoing(event: &Event) -> Message {
 impl House {
     pub(crate) fn scene(&self) -> Scene {
         Scene { worker: self.worker.clone(), at: jiff::Timestamp::now().to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_beat_since_lives_and_who_did_not_for_so_long_is_dead() {
+        let other = |run: &str, seen| Other { run: run.into(), seen };
+        let first = vec![other("a", Some(5)), other("b", Some(7)), other("c", None)];
+        let accusation = Accusation { beats: 0, others: first.clone() };
+        assert_eq!(accusation.judge(&first, false), (3, false), "it is too early to tell");
+        assert_eq!(accusation.judge(&first, true), (3, true));
+        // One beat; one was forgotten for its silence; one is known again.
+        let now = [other("a", Some(6)), other("b", None), other("c", Some(1))];
+        assert_eq!(accusation.judge(&now, false), (1, false));
+        assert_eq!(accusation.judge(&now, true), (1, true));
+        assert_eq!(accusation.judge(&[], false), (0, false));
+        assert_eq!(accusation.judge(&[other("new", Some(1))], true), (1, false), "it was not watched");
     }
 }

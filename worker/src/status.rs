@@ -7,9 +7,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 use warren_publisher::Broker;
 use warren_publisher::declare::{self, Depth};
-use warren_shared::assignment::assign;
 use warren_shared::env::Settings;
-use warren_shared::fleet::{Word, line};
+use warren_shared::fleet::{Word, line, seats};
 use warren_shared::retry::LADDER;
 use warren_shared::topology::{Order, Topology};
 
@@ -96,9 +95,10 @@ pub(crate) async fn report(settings: &Settings, topology: &Topology) -> anyhow::
 fn gather(topology: &Topology, depths: &BTreeMap<String, Option<Depth>>, words: Vec<Word>, now: i64) -> Report {
     let depth = |queue: &str| depths.get(queue).copied().flatten().unwrap_or_default();
     let queues = topology.queues();
-    let members = words.iter().map(|word| (word.member(), word.capacity)).collect();
+    let lanes = topology.lanes.iter().flat_map(|lane| vec![lane.name.as_str(); topology.partitions.into()]);
+    let partitions: Vec<(&str, &str)> = lanes.zip(queues.iter().map(String::as_str)).collect();
     let seats = match topology.order {
-        Order::Key => assign(&queues, &members),
+        Order::Key => seats(&partitions, words.iter()),
         Order::None => vec![Default::default(); queues.len()],
     };
     let mut needs: Vec<String> = Vec::new();

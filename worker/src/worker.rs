@@ -2,7 +2,7 @@
 use crate::admin::{self, Vitals};
 use crate::config::{self, File, Kind, Route, Routes};
 use crate::consumer::Subscriptions;
-use crate::fleet::{JoinError, Newcomer, Seats, Supervisor};
+use crate::fleet::{JoinError, Newcomer, Peers, Seats, Supervisor};
 use crate::handler::{self, Context, Failure, Handler, InTx, Processes, Reply, Rust};
 use crate::job::House;
 use crate::load::Gauges;
@@ -15,14 +15,16 @@ use crate::shutdown::Stop;
 use crate::store::{Left, Postgres, Sqlite, Store, StoreError, Transactions, Tx};
 use crate::trace;
 use anyhow::Context as _;
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 use warren_publisher::budget::Budget;
 use warren_publisher::declare::{self};
+use warren_publisher::pace::paced;
 use warren_publisher::postgres::Postgres as Server;
 use warren_publisher::publish::Options;
 use warren_publisher::{Broker, Publisher, Refused, Seal};
@@ -236,7 +238,7 @@ impl Worker {
             let store = open(&settings, &run).await?;
             introduce(&*store, &plans, settings.connect_timeout).await?;
             match settings.declare {
-                Declare::Auto => declare::apply(&link, &topology.declarations()).await?,
+                Declare::Auto => declare::apply(&link, &topology.declarations_but_inflow()).await?,
                 Declare::Never => declare::check(&link, &topology.declarations()).await?,
             }
             anyhow::Ok((link, store))
@@ -270,7 +272,7 @@ impl Worker {
         });
 
         let pulse = Arc::new(Pulse::default());
-        pulse.turned.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+        pulse.turn();
         let vitals = Vitals {
             pulse: pulse.clone(),
             subscriptions: subscriptions.clone(),
@@ -295,6 +297,9 @@ impl Worker {
             running: 0,
             store: store.identity().to_owned(),
             partitions: settings.partitions,
+            lanes: settings.lanes.iter().map(|lane| lane.name.clone()).collect(),
+            routes: routes.iter().map(|route| route.on.to_string()).collect::<BTreeSet<_>>().into_iter().collect(),
+            lacking: Vec::new(),
             version: env!("CARGO_PKG_VERSION").into(),
             clock: 0,
             held: Vec::new(),
@@ -312,6 +317,14 @@ impl Worker {
             })?,
         };
 
+        // Only now: workers that have no route for what flows in know by now that this one has.
+        let bound = subscriptions.repair();
+        tokio::select! {
+            biased;
+            _ = stop.recv() => return told_early(&name),
+            bound = bound => bound?,
+        }
+
         // All of them share the connections.
         let mut transactions = None;
         let mut in_tx = || match &transactions {
@@ -322,6 +335,7 @@ impl Worker {
         let processes: Arc<dyn Handler> = Arc::new(Processes::new(plans, store.clone()));
         let handlers = routes.iter().map(|route| handler::build(route, &processes, &mut in_tx));
         let handlers: Vec<Arc<dyn Handler>> = handlers.collect::<Result<_, _>>()?;
+        let peers = Arc::new(Peers::default());
         let running = pipeline::start(Parts {
             routes: routes.clone(),
             handlers: handlers.clone(),
@@ -342,6 +356,8 @@ impl Worker {
             },
             concurrency: settings.concurrency,
             memory,
+            peers: peers.clone(),
+            unknown_grace: settings.unknown_grace,
             owned: settings.order == Order::Key,
             store: store.clone(),
             publisher: publisher.clone(),
@@ -349,7 +365,7 @@ impl Worker {
             subscriptions: subscriptions.clone(),
             pulse,
         });
-        let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention));
+        let keeper = tokio::spawn(keep(store.clone(), outbox.clone(), settings.retention, vitals.pulse.clone()));
         let gauges =
             Gauges::new(vitals.clone(), running.orders.clone(), &topology, settings.concurrency, settings.work_off);
         let gauges = tokio::spawn(gauges.watch());
@@ -357,7 +373,7 @@ impl Worker {
         let of_bindings = subscriptions.clone();
         let binder = tokio::spawn(async move { of_bindings.keep_bound().await });
         let watcher = tokio::spawn(watch(store.clone(), publisher, topology.clone(), defined));
-        let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox);
+        let (slots, tasks) = subscriptions.start(&topology, &running.news, &outbox, &store);
         tracing::info!(
             worker = name,
             pool = settings.pool,
@@ -365,7 +381,8 @@ impl Worker {
             partitions = slots.len(),
             "worker '{name}' takes events"
         );
-        let mut supervisor = Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone());
+        let mut supervisor =
+            Supervisor::start(newcomer, settings.order, subscriptions.clone(), slots, vitals.clone(), peers);
 
         let conflict = tokio::select! {
             _ = stop.recv() => None,
@@ -399,6 +416,10 @@ impl Worker {
         binder.abort();
         watcher.abort();
         gauges.abort();
+        // Whatever it left unfinished comes again, and died of nothing.
+        if !matches!(tokio::time::timeout(SETTLE, store.leave()).await, Ok(Ok(()))) {
+            tracing::warn!("the store does not take it that this worker ends: its silence will pass for a death");
+        }
         let _ = tokio::time::timeout(SETTLE, told).await;
         let _ = tokio::time::timeout(SETTLE, subscriptions.close()).await;
         tracing::info!(worker = name, "drained");
@@ -472,12 +493,13 @@ pub fn worker_name(settings: &Settings) -> String {
 }
 
 /// A worker that was not heard of for so long is dead: its outbox rows are published by another.
-const SILENT: Duration = Duration::from_secs(20);
-const BEAT: Duration = Duration::from_secs(5);
+static SILENT: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(20)));
+/// How often a worker tells the store that it lives.
+pub(crate) static BEAT: LazyLock<Duration> = LazyLock::new(|| paced(Duration::from_secs(5)));
 
 /// Tells the store that this worker lives, adopts what dead workers left, and prunes by time.
-async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
-    let mut tick = tokio::time::interval(BEAT);
+async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration, pulse: Arc<Pulse>) {
+    let mut tick = tokio::time::interval(*BEAT);
     // Since when our own beats come through: while the store was away nobody's did, and nobody is dead for that.
     let mut beating: Option<tokio::time::Instant> = None;
     loop {
@@ -485,13 +507,15 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
         let kept = async {
             let begun = tokio::time::Instant::now();
             store.beat().await.inspect_err(|_| beating = None)?;
-            let proven = begun - *beating.get_or_insert(begun) >= SILENT;
-            let rows = if proven { store.adopt(Left::Silent(SILENT)).await? } else { Vec::new() };
+            pulse.beats.fetch_add(1, Ordering::Relaxed);
+            let proven = begun - *beating.get_or_insert(begun) >= *SILENT;
+            let rows = if proven { store.adopt(Left::Silent(*SILENT)).await? } else { Vec::new() };
             if !rows.is_empty() {
                 tracing::info!(rows = rows.len(), "publishing what dead workers left");
                 outbox.push(rows);
             }
-            store.prune(retention).await
+            // Workers know the store's time as it was at the last beat of another.
+            store.prune(retention + 2 * *BEAT).await
         };
         match kept.await {
             Ok(0) => {}
@@ -507,7 +531,7 @@ async fn keep(store: Arc<dyn Store>, outbox: Outbox, retention: Duration) {
 /// Asks for a confirm of a replicated queue, so that even a worker that has nothing to publish leaves a node that is cut
 /// off from the others: it keeps its connections open, and what it took from the queues it leads cannot be acked there.
 async fn probe(publisher: Publisher, exchange: String, subscriptions: Arc<Subscriptions>) {
-    let mut tick = tokio::time::interval(BEAT);
+    let mut tick = tokio::time::interval(*BEAT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut refused_before = false;
     loop {

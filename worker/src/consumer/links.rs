@@ -2,6 +2,7 @@
 use super::subscription::{Slot, Subscription};
 use super::{News, Place};
 use crate::outbox::Outbox;
+use crate::store::Store;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -139,6 +140,7 @@ impl Subscriptions {
         topology: &Topology,
         news: &mpsc::UnboundedSender<News>,
         outbox: &Outbox,
+        store: &Arc<dyn Store>,
     ) -> (Vec<Slot>, Vec<JoinHandle<()>>) {
         let lanes = topology.lanes.iter().enumerate();
         let places = lanes.flat_map(|(lane, l)| {
@@ -156,6 +158,7 @@ impl Subscriptions {
                 place,
                 news: news.clone(),
                 outbox: outbox.clone(),
+                store: store.clone(),
                 want,
                 standing: slot.standing.clone(),
             };

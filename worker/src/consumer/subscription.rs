@@ -5,6 +5,7 @@
 use super::{Arrival, Epoch, News, Place, Subscriptions, Ticket, lock};
 use crate::metrics::{self, names};
 use crate::outbox::Outbox;
+use crate::store::Store;
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
@@ -109,6 +110,7 @@ pub(super) struct Subscription {
     pub(super) place: Arc<Place>,
     pub(super) news: mpsc::UnboundedSender<News>,
     pub(super) outbox: Outbox,
+    pub(super) store: Arc<dyn Store>,
     pub(super) want: watch::Receiver<Want>,
     pub(super) standing: Arc<Mutex<Option<Standing>>>,
 }
@@ -372,6 +374,11 @@ impl Subscription {
                 queue = &*self.place.queue,
                 "what was sent is not confirmed yet: the next owner sends it again"
             );
+        }
+        // Before the channel is closed: the next owner is not to take for a death what was handed over.
+        let disowned = self.store.disown(self.place.queue.clone());
+        if epoch.received() > 0 && !matches!(tokio::time::timeout(FLUSH, disowned).await, Ok(Ok(()))) {
+            tracing::warn!(queue = &*self.place.queue, "the store does not take it that the partition is handed over");
         }
         Ok(())
     }

@@ -3,6 +3,9 @@
 //! All that it decides is in `warren_shared::{assignment, fleet}`; here is when. Whoever leaves is replaced at once;
 //! newcomers are waited for a moment, as they rarely come alone, and each move costs a hand-over.
 mod gossip;
+mod peers;
+
+pub use peers::Peers;
 
 use crate::admin::Vitals;
 use crate::consumer::{Slot, Standing, Subscriptions, Want};
@@ -17,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use warren_publisher::pace::paced;
 use warren_publisher::{Broker, BrokerError, Publisher, Refused};
-use warren_shared::assignment::{Member, assign};
+use warren_shared::assignment::Member;
 use warren_shared::fleet::{Clock, Conflict, Fleet, Heard, Held, Kind, Role, Step, View, Word, step};
 use warren_shared::topology::{Order, Topology};
 
@@ -191,20 +194,21 @@ impl Supervisor {
         subscriptions: Arc<Subscriptions>,
         slots: Vec<Slot>,
         vitals: Vitals,
+        peers: Arc<Peers>,
     ) -> Self {
         let Newcomer { gossip, fleet } = newcomer;
+        peers.learn(fleet.others());
         let (leave, leaving) = oneshot::channel();
         let (refuse, conflict) = oneshot::channel();
-        let queues = slots.iter().map(|slot| slot.place.queue.to_string()).collect();
         let posts = slots.into_iter().map(Post::new).collect();
         let task = Task {
             gossip,
             fleet,
             order,
             subscriptions,
-            queues,
             posts,
             vitals,
+            peers,
             strangers: BTreeMap::new(),
             ill: None,
             refuse: Some(refuse),
@@ -288,9 +292,9 @@ struct Task {
     fleet: Fleet,
     order: Order,
     subscriptions: Arc<Subscriptions>,
-    queues: Vec<String>,
     posts: Vec<Post>,
     vitals: Vitals,
+    peers: Arc<Peers>,
     /// Those who take events and cannot share the pool with us: why, and when they last spoke.
     strangers: BTreeMap<Member, (Conflict, Instant)>,
     /// Since when something is wrong here.
@@ -336,6 +340,11 @@ impl Task {
                     self.say(Kind::Beat);
                 }
                 () = self.subscriptions.changed() => speak = speak.or(Some(Instant::now() + BREATH)),
+                () = self.peers.lacked() => {
+                    self.fleet.me_mut().lacking = self.peers.lacking();
+                    let soon = Instant::now() + BREATH;
+                    (due, speak) = (Some(soon), speak.or(Some(soon)));
+                }
                 tiding = self.gossip.tidings.recv() => {
                     let Some(tiding) = tiding else { return };
                     let now = Instant::now();
@@ -360,7 +369,11 @@ impl Task {
     fn hear(&mut self, word: Word) -> Then {
         let (kind, member, settled) = (word.kind, word.member(), word.settled);
         let asked = kind == Kind::Join && member.run != self.fleet.me().run;
-        match self.fleet.hear(word) {
+        let heard = self.fleet.hear(word);
+        if !matches!(heard, Heard::Known | Heard::Asked) {
+            self.peers.learn(self.fleet.others());
+        }
+        match heard {
             Heard::Joined(member) => {
                 tracing::info!(worker = member.name, "worker '{}' joined the pool", member.name);
                 return Then::DealWhenCalm;
@@ -388,6 +401,8 @@ impl Task {
             }
             Heard::Stranger { conflict, .. } => tracing::warn!("told a newcomer to go: {conflict}"),
             Heard::Known => self.doubt(kind, &member),
+            Heard::Changed if asked => return Then::DealWhenCalm,
+            Heard::Changed => return Then::DealSoon,
             Heard::Asked => return Then::Speak,
             Heard::Echo(_) => self.echoed = true,
         }
@@ -397,9 +412,12 @@ impl Task {
     /// Computes who is what.
     fn deal(&mut self) {
         let me = self.fleet.me().member();
-        let members = self.fleet.members();
+        let workers = self.fleet.size();
+        let place = |post: &Post| post.slot.place.clone();
+        let places: Vec<_> = self.posts.iter().map(place).collect();
+        let partitions: Vec<(&str, &str)> = places.iter().map(|place| (&*place.lane_name, &*place.queue)).collect();
         let seats = match self.order {
-            Order::Key => assign(&self.queues, &members),
+            Order::Key => self.fleet.seats(&partitions),
             // All compete for all.
             Order::None => Vec::new(),
         };
@@ -424,15 +442,14 @@ impl Task {
         let (owned, standby) = (queues.len(), of(Role::Standby).count());
         self.vitals.seats.deal(Dealt { owned: queues, standby, shared: self.order == Order::None });
         metrics::set(names::OWNED, owned as f64);
-        metrics::set(names::WORKERS, members.len() as f64);
-        let told = (members.len(), owned);
+        metrics::set(names::WORKERS, workers as f64);
+        let told = (workers, owned);
         if std::mem::replace(&mut self.told, told) != told {
             tracing::info!(
-                workers = members.len(),
+                workers,
                 owned,
                 standby,
-                "the pool has {} workers: this one owns {owned} partitions and stands by for {standby}",
-                members.len()
+                "the pool has {workers} workers: this one owns {owned} partitions and stands by for {standby}",
             );
         }
     }

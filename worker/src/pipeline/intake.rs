@@ -1,5 +1,5 @@
 //! Deliveries on their way in: adoption before the first, then a job each, then the schedule.
-use super::{Id, News, Pipeline, millis, now_ms};
+use super::{Id, News, Pipeline, millis};
 use crate::consumer::Arrival;
 use crate::fault;
 use crate::job::Job;
@@ -48,20 +48,29 @@ impl Pipeline {
         let (store, tell) = (self.parts.store.clone(), self.tell.clone());
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            let rows = store.adopt(Left::In(partition)).await;
-            let _ = tell.send(News::Adopted(epoch, rows));
+            let adopted = async {
+                // A store that can only be read holds nobody up: at worst one death more is needed to condemn an event.
+                let unowned = |error: StoreError| {
+                    tracing::warn!(%error, partition = &*partition, "the store does not take it that the partition is ours");
+                    None
+                };
+                let before = store.own(partition.clone()).await.unwrap_or_else(unowned);
+                Ok((before, store.adopt(Left::In(partition.clone())).await?))
+            };
+            let _ = tell.send(News::Adopted(epoch, adopted.await));
         });
     }
 
-    pub(super) fn adopted(&mut self, epoch: u64, rows: Result<Vec<Row>, StoreError>) {
-        match rows {
-            Ok(rows) => {
+    pub(super) fn adopted(&mut self, epoch: u64, adopted: Result<(Option<Arc<str>>, Vec<Row>), StoreError>) {
+        match adopted {
+            Ok((before, rows)) => {
                 if !rows.is_empty() {
                     tracing::info!(rows = rows.len(), "publishing what the partition's last owner left");
                     // They are ours even if the epoch has ended meanwhile: nobody else would publish them.
                     self.parts.outbox.push(rows);
                 }
                 let Some(waiting) = self.epochs.get_mut(&epoch) else { return };
+                self.before.extend(before.map(|before| (epoch, before)));
                 let arrivals = waiting.take().unwrap_or_default();
                 self.admit(arrivals);
             }
@@ -77,7 +86,7 @@ impl Pipeline {
 
     pub(super) fn admit(&mut self, arrivals: Vec<Arrival>) {
         let since = Instant::now();
-        let (now, monotonic) = (now_ms(), millis(since.duration_since(self.started)));
+        let monotonic = millis(since.duration_since(self.started));
         for Arrival { ticket, redelivered, content, born } in arrivals {
             fault::point("received");
             let id = self.next;
@@ -98,13 +107,12 @@ impl Pipeline {
                 self.prioritised(&incoming);
             }
             let route = self.parts.routes.of(&incoming.event);
-            let (lane, priority, attempt, due) =
-                (ticket.place().lane, incoming.priority, incoming.attempt, incoming.due.unwrap_or(0));
+            let (lane, priority, attempt, remaining) =
+                (ticket.place().lane, incoming.priority, incoming.attempt, incoming.left);
             self.meters.of(lane, route).received.increment(1);
             let job = Job { born, ..Job::of_event(ticket, redelivered, incoming, route, since) };
             let key = self.hasher.hash_one(job.turn());
             self.jobs.insert(id, job);
-            let remaining = Duration::from_millis(u64::try_from(due.saturating_sub(now)).unwrap_or(0));
             if remaining > DUE {
                 self.fact(id, Fact::Early { remaining, attempt });
             } else {
@@ -156,6 +164,7 @@ impl Pipeline {
     /// Lets go of an epoch's deliveries that have not begun, or wait in place.
     fn give_back(&mut self, epoch: u64, why: Fact) {
         self.epochs.remove(&epoch);
+        self.before.remove(&epoch);
         let Self { schedule, jobs, places, tide, .. } = self;
         let mut drop = |jobs: &mut FxHashMap<Id, Job>, id| jobs.remove(&id).iter().for_each(|job| tide.left(job.since));
         for id in schedule.discard(|id| jobs.get(id).is_none_or(|job| job.ticket.epoch() == epoch)) {

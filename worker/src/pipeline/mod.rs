@@ -8,11 +8,13 @@ mod intake;
 mod places;
 mod runs;
 mod stations;
+mod suspects;
 mod tide;
 
 use crate::config::Routes;
 use crate::consumer::{self, Arrival, Subscriptions};
 use crate::fault;
+use crate::fleet::Peers;
 use crate::handler::{self, Context, Handler};
 use crate::job::{House, Job, Mark, Place};
 use crate::metrics::{self, Meters, names};
@@ -26,8 +28,8 @@ use rustc_hash::FxHashMap;
 use stations::{Queue, STATIONS, Station};
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tide::{Level, Tide};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -53,7 +55,7 @@ const AHEAD: usize = 1024;
 /// What the loop learns.
 #[derive(Debug)]
 enum News {
-    Adopted(u64, Result<Vec<Row>, StoreError>),
+    Adopted(u64, Result<(Option<Arc<str>>, Vec<Row>), StoreError>),
     Looked(Vec<Id>, Result<Vec<Option<Committed>>, StoreError>),
     Loaded(Vec<Id>, Result<Vec<Option<Kept>>, StoreError>),
     Started(Vec<Id>, Result<Vec<Start>, StoreError>),
@@ -91,6 +93,9 @@ pub(crate) struct Parts {
     pub(crate) concurrency: usize,
     /// Bytes of what is on its way out, after which nothing more begins.
     pub(crate) memory: usize,
+    pub(crate) peers: Arc<Peers>,
+    /// How long an event waits that only another worker has a route for.
+    pub(crate) unknown_grace: Duration,
     /// Whether each partition has one owner, who relays what its last owner left.
     pub(crate) owned: bool,
     pub(crate) store: Arc<dyn Store>,
@@ -103,12 +108,27 @@ pub(crate) struct Parts {
 /// Signs of life for probes.
 #[derive(Debug, Default)]
 pub struct Pulse {
-    /// Milliseconds since 1970 of the loop's last turn.
-    pub turned: AtomicI64,
+    turned: Mutex<Option<Instant>>,
     /// Handlers that run.
     pub running: AtomicUsize,
     /// Whether the store refused its last call.
     pub store_fails: AtomicBool,
+    /// How often this worker told the store that it lives.
+    pub beats: AtomicU64,
+}
+
+impl Pulse {
+    /// The loop turns.
+    pub(crate) fn turn(&self) {
+        *self.turned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// How long ago the loop last turned. Not by the clock of the day, which may be set.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let turned = *self.turned.lock().unwrap_or_else(PoisonError::into_inner);
+        turned.map_or(Duration::ZERO, |turned| turned.elapsed())
+    }
 }
 
 /// The loop's state.
@@ -151,6 +171,8 @@ pub(crate) struct Pipeline {
     solo: Option<Id>,
     /// Epochs whose partition is ours, and arrivals that wait until the last owner's rows are relayed.
     epochs: HashMap<u64, Option<Vec<Arrival>>>,
+    /// Who had an epoch's partition before, where it did not give it back.
+    before: HashMap<u64, Arc<str>>,
     drained: Option<oneshot::Sender<()>>,
     draining: bool,
     warned_anonymous: bool,
@@ -199,6 +221,7 @@ pub(crate) fn start(parts: Parts) -> Running {
         alone: VecDeque::new(),
         solo: None,
         epochs: HashMap::new(),
+        before: HashMap::new(),
         drained: None,
         draining: false,
         warned_anonymous: false,
@@ -346,6 +369,10 @@ impl Pipeline {
             }
             Action::Park { .. } | Action::Bury => self.enqueue(Station::Publish, id),
             Action::Run(_) => self.launch(id),
+            // It would hold a drain up, or a hand-over.
+            Action::Await | Action::Prove if self.draining || !self.may_begin(id) => self.fact(id, Fact::Interrupted),
+            Action::Await => self.await_route(id),
+            Action::Prove => self.await_life(id),
             Action::Hold(run, after) => self.hold(id, run.attempt, after),
             Action::Ack => {
                 fault::point("before-ack");
@@ -359,6 +386,10 @@ impl Pipeline {
                 self.remove(id);
             }
         }
+    }
+
+    fn may_begin(&self, id: Id) -> bool {
+        self.jobs.get(&id).is_some_and(|job| job.ticket.may_begin())
     }
 
     fn remove(&mut self, id: Id) -> Option<Job> {
@@ -426,7 +457,7 @@ impl Pipeline {
     }
 
     fn gauge(&self) {
-        self.parts.pulse.turned.store(now_ms(), Ordering::Relaxed);
+        self.parts.pulse.turn();
         self.parts.pulse.running.store(self.active, Ordering::Relaxed);
         let level = self.level();
         metrics::set(names::RUNNING, level.active as f64);
@@ -442,10 +473,6 @@ impl Pipeline {
             tracing::debug!(?oldest, jobs = self.jobs.len(), "the oldest delivery here");
         }
     }
-}
-
-fn now_ms() -> i64 {
-    jiff::Timestamp::now().as_millisecond()
 }
 
 fn millis(duration: Duration) -> u64 {

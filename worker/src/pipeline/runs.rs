@@ -1,10 +1,10 @@
 //! Handlers running: together, or alone where one may have killed the process.
-use super::stations::{Queue, Station};
+use super::stations::Station;
 use super::{Id, News, Pipeline, chance};
 use crate::fault;
 use crate::handler::{self, Call, Context};
 use crate::job::Mark;
-use crate::store::{Kept, Start};
+use crate::store::Kept;
 use crate::trace::{self, Span};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -185,8 +185,32 @@ impl Pipeline {
         self.launch(id);
     }
 
+    /// Another worker has a route for it: the pool learns that ours do not suffice there, and gives it the partition.
+    pub(super) fn await_route(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let queue = &job.ticket.place().queue;
+        self.parts.peers.lack(queue);
+        let (tell, grace) = (self.tell.clone(), self.parts.unknown_grace);
+        if let Some(event) = job.event() {
+            tracing::warn!(
+                id = event.id(),
+                r#type = event.kind(),
+                key = %event.key(),
+                partition = &**queue,
+                "event '{}' waits {grace:?} at most: only another worker of this pool has a route for its type",
+                event.id()
+            );
+        }
+        let task = tokio::spawn(async move {
+            tokio::time::sleep(grace).await;
+            let _ = tell.send(News::Waited(id));
+        });
+        job.abort = Some(task.abort_handle());
+    }
+
     pub(super) fn hold(&mut self, id: Id, failed: u32, after: Duration) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.noted = true;
         let (store, tell, suspect) = (self.parts.store.clone(), self.tell.clone(), job.suspect());
         let task = tokio::spawn(async move {
             // Before anything else may begin: a death while its start counts would be laid at its door.
@@ -220,16 +244,6 @@ impl Pipeline {
         }
     }
 
-    pub(super) fn started(&mut self, id: Id, start: Start) {
-        self.fact(id, Fact::Recorded { unfinished: start.unfinished, failed: start.failed });
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        // The law lets it run where its start counts, and only there.
-        job.mark = if matches!(job.state, State::Running(_)) { Mark::Present } else { Mark::Absent };
-        if !job.ticket.is_live() {
-            self.unmark(id);
-        }
-    }
-
     pub(super) fn unstarted(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.mark = Mark::Absent;
@@ -238,34 +252,11 @@ impl Pipeline {
         }
     }
 
-    /// Has the store count a start.
-    pub(super) fn mark(&mut self, id: Id) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.mark = Mark::Coming;
-        self.enqueue(Station::Start, id);
-    }
-
     /// Takes the record of a start back, whatever becomes of the job.
     pub(super) fn unmark(&mut self, id: Id) {
         if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.mark == Mark::Present) {
             job.mark = Mark::Going;
             self.enqueue(Station::Unstart, id);
-        }
-    }
-
-    /// A suspect runs when nothing else does, nothing handled is unrecorded and no other's start is counted: a crash
-    /// then has one possible cause.
-    pub(super) fn turn_of_the_suspects(&mut self) {
-        let unrecorded = |s: &Queue| s.busy || !s.waiting.is_empty();
-        let before = [Station::Commit, Station::Publish, Station::Start, Station::Unstart];
-        let busy = before.iter().any(|s| unrecorded(self.station(*s))) || self.publishing > 0;
-        if self.solo.is_none()
-            && self.active == self.alone.len()
-            && !busy
-            && let Some(id) = self.alone.pop_front()
-        {
-            self.solo = Some(id);
-            self.mark(id);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where work for the store and the broker gathers, and what their answers mean.
 //!
 //! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
-use super::{COPIES, Id, News, Pipeline, QUIET, now_ms};
+use super::{COPIES, Id, News, Pipeline, QUIET};
 use crate::consumer::Proof;
 use crate::dead::Letter;
 use crate::fault;
@@ -87,7 +87,8 @@ impl Pipeline {
         } else if job.hops > self.parts.house.hop_limit {
             Fact::Looped
         } else if job.route().is_none() {
-            Fact::Unrouted
+            let elsewhere = job.event().is_some_and(|event| self.parts.peers.take(event.kind()));
+            if elsewhere { Fact::RoutedElsewhere } else { Fact::Unrouted }
         } else if job.redelivered {
             Fact::Redelivered { attempt }
         } else {
@@ -426,12 +427,7 @@ impl Pipeline {
                 self.ask(async move { News::Loaded(ids, store.load(states).await) });
             }
             Station::Start => {
-                let event = |id: &Id| {
-                    let job = self.jobs.get(id)?;
-                    let Action::Record(start) = job.state.action() else { return None };
-                    Some((job.suspect()?, start.nth))
-                };
-                let events = ids.iter().filter_map(event).collect();
+                let events = ids.iter().filter_map(|id| self.begins(id)).collect();
                 self.ask(async move { News::Started(ids, store.start(events).await) });
             }
             Station::Unstart => {
@@ -465,8 +461,7 @@ impl Pipeline {
                 }
             }
             Station::Publish => {
-                let now = now_ms();
-                let copy = |id: Id| Some((id, self.jobs.get(&id)?.copy(&self.parts.house, now)?));
+                let copy = |id: Id| Some((id, self.jobs.get(&id)?.copy(&self.parts.house)?));
                 let (ids, copies): (Vec<Id>, Vec<Message>) = ids.into_iter().filter_map(copy).unzip();
                 self.publishing += ids.len();
                 let unread = |(n, id): (usize, &Id)| Some((n, self.jobs.get(id)?.unread(&self.parts.house)?));

@@ -1,7 +1,7 @@
 //! The exam that every store passes, a case a function; [`exam!`] makes a test of each.
 mod states;
 
-use super::{Effect, Left, Outcome, Recorded, Row, Seen, Start, Store};
+use super::{Begin, Effect, Left, Outcome, Recorded, Row, Seen, Start, Store};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,7 +50,10 @@ macro_rules! exam {
             only_rows_of_the_silent_are_adopted
             rows_that_are_given_up_are_adopted_by_whoever_asks
             published_rows_are_forgotten
-            starts_are_counted_until_they_end
+            starts_are_known_by_their_workers_until_they_end
+            who_had_the_partition_before_had_its_event_where_nothing_is_recorded
+            a_partition_is_known_to_be_whose_until_it_is_given_back
+            a_worker_that_ends_well_did_not_die_with_its_events
             a_commit_ends_the_start
             only_what_is_old_is_pruned
             the_identity_is_the_store_s
@@ -301,49 +304,110 @@ pub(super) async fn published_rows_are_forgotten(candidate: &Candidate) {
     assert!(later[0] > rows[9], "an id is never used again");
 }
 
-pub(super) async fn starts_are_counted_until_they_end(candidate: &Candidate) {
+pub(super) async fn starts_are_known_by_their_workers_until_they_end(candidate: &Candidate) {
     let (ours, theirs) = ((candidate.open)("a"), (candidate.open)("b"));
     let [x, y, z] = ["x", "y", "z"].map(identity);
-    let start = |unfinished, failed| Start { unfinished, failed };
-    assert_eq!(begin(&ours, 1, &[y, x]).await, [start(0, 0), start(0, 0)]);
-    for _ in 0..2 {
-        assert_eq!(begin(&theirs, 1, &[x]).await, [start(1, 0)], "to repeat it does no harm");
-    }
-    assert_eq!(begin(&theirs, 2, &[x, z, x]).await, [start(1, 0), start(0, 0), start(2, 0)]);
-    assert_eq!(begin(&ours, 1, &[z, x, y]).await, [start(2, 0), start(2, 0), start(1, 0)], "never back");
-    assert_eq!(begin(&ours, 0, &[z, identity("asked")]).await, [start(2, 0), start(0, 0)]);
-    assert_eq!(begin(&ours, 0, &[z, identity("asked")]).await, [start(2, 0), start(0, 0)], "a question counts nothing");
+    let none: [&str; 0] = [];
+    assert_eq!(others(&begin(&ours, 0, &[y, x]).await), [none, none], "nobody else had them");
+    assert_eq!(others(&begin(&ours, 0, &[x]).await), [none], "to repeat it does no harm");
+    let asked = begin(&theirs, 0, &[x, z, x]).await;
+    assert_eq!(others(&asked), [vec!["a"], vec![], vec!["a"]]);
+    assert_eq!(asked.iter().map(|start| start.kept).collect::<Vec<_>>(), [false, true, false]);
+    assert_eq!(others(&begin(&ours, 0, &[x]).await), [none], "a question records nothing");
+    assert!(begin(&theirs, 1, &[x]).await[0].kept);
+    assert_eq!(others(&begin(&ours, 1, &[x, z]).await), [["b"], ["b"]]);
 
-    ours.unstart(vec![x, z, z]).await.expect("takes it");
-    assert_eq!(begin(&ours, 0, &[x, z]).await, [start(1, 0), start(0, 0)]);
+    ours.unstart(vec![x, y, y, identity("never")]).await.expect("taking back too much is harmless");
+    assert_eq!(others(&begin(&theirs, 0, &[x, y]).await), [none, none]);
 
     ours.note(x, 4).await.expect("takes it");
-    assert_eq!(begin(&theirs, 1, &[x]).await, [start(0, 4)], "a note ends the starts");
+    let noted = begin(&ours, 0, &[x]).await;
+    assert_eq!((others(&noted), noted[0].failed), (vec![none.to_vec()], 4), "a note ends the starts");
     ours.unstart(vec![x, x]).await.expect("takes it");
-    assert_eq!(begin(&ours, 1, &[x, x]).await, [start(0, 4), start(1, 4)], "a drain forgets no failure");
-    ours.note(identity("w"), 1).await.expect("takes it");
-    assert_eq!(begin(&ours, 1, &[identity("w")]).await, [start(0, 1)]);
-
-    ours.unstart(vec![y, y, identity("never")]).await.expect("taking back too much is harmless");
-    assert_eq!(begin(&ours, 1, &[y, identity("never")]).await, [start(0, 0), start(0, 0)]);
+    assert_eq!(begin(&ours, 0, &[x]).await[0].failed, 4, "a drain forgets no failure");
 }
 
-/// Starts as the n-th of each.
-async fn begin(store: &Arc<dyn Store>, nth: u32, events: &[Identity]) -> Vec<Start> {
-    store.start(events.iter().map(|event| (*event, nth)).collect()).await.expect("answers")
+pub(super) async fn who_had_the_partition_before_had_its_event_where_nothing_is_recorded(candidate: &Candidate) {
+    let ours = (candidate.open)("a");
+    let asked = |event: &str, before: Option<&str>, most| {
+        let begin = Begin { event: identity(event), before: before.map(Into::into), most };
+        let answer = ours.start(vec![begin]);
+        async move { answer.await.expect("answers").remove(0) }
+    };
+    assert_eq!(others(&[asked("1", Some("x"), 0).await]), [["x"]]);
+    assert_eq!(others(&[asked("1", None, 0).await]), [[""; 0]], "it was not recorded, so neither was the other");
+    assert_eq!(others(&[asked("2", Some("x"), 1).await]), [["x"]]);
+    assert_eq!(others(&[asked("2", Some("y"), 9).await]), [["x"]], "what is recorded is known better");
+    assert_eq!(others(&[asked("3", Some("a"), 0).await]), [[""; 0]], "oneself is no other");
+}
+
+pub(super) async fn a_partition_is_known_to_be_whose_until_it_is_given_back(candidate: &Candidate) {
+    let [a, b, c] = ["a", "b", "c"].map(|name| (candidate.open)(name));
+    let p = || Arc::<str>::from("p00");
+    let own = async |store: &Arc<dyn Store>| store.own(p()).await.expect("answers").map(|owner| owner.to_string());
+    assert_eq!(own(&a).await, None);
+    assert_eq!(own(&a).await, None, "it was ours");
+    assert_eq!(own(&b).await.as_deref(), Some("a"));
+    a.disown(p()).await.expect("takes it");
+    assert_eq!(own(&c).await.as_deref(), Some("b"), "only the owner gives it back");
+    c.disown(p()).await.expect("takes it");
+    assert_eq!(own(&a).await, None);
+    assert_eq!(a.own("p01".into()).await.expect("answers"), None);
+    a.leave().await.expect("takes it");
+    assert_eq!(own(&b).await, None, "who ends well gives all back");
+}
+
+pub(super) async fn a_worker_that_ends_well_did_not_die_with_its_events(candidate: &Candidate) {
+    let [a, b, c] = ["a", "b", "c"].map(|name| (candidate.open)(name));
+    for store in [&a, &b] {
+        store.beat().await.expect("takes it");
+        begin(store, 9, &[identity("1")]).await;
+    }
+    let told = begin(&c, 0, &[identity("1")]).await;
+    assert_eq!(others(&told), [["a", "b"]]);
+    let first: Vec<Option<i64>> = told[0].others.iter().map(|other| other.seen).collect();
+    assert!(first.iter().all(Option::is_some), "{told:?}");
+    a.leave().await.expect("takes it");
+    let _ = moment().await;
+    b.beat().await.expect("takes it");
+    let told = begin(&c, 0, &[identity("1")]).await;
+    assert_eq!(others(&told), [["b"]]);
+    assert!(told[0].others[0].seen > first[1], "a sign of life: {told:?}, {first:?}");
+    // Who is forgotten for its silence gives none.
+    let _ = moment().await;
+    c.beat().await.expect("takes it");
+    c.adopt(Left::Silent(Duration::from_millis(100))).await.expect("answers");
+    let told = begin(&c, 0, &[identity("1")]).await;
+    assert_eq!(
+        (others(&told), told[0].others[0].seen),
+        (vec![vec!["b"]], None),
+        "but the one that ended well is still known"
+    );
+}
+
+/// The others that each answer names.
+fn others(starts: &[Start]) -> Vec<Vec<&str>> {
+    starts.iter().map(|start| start.others.iter().map(|other| other.run.as_str()).collect()).collect()
+}
+
+/// Starts where so many others may be known.
+async fn begin(store: &Arc<dyn Store>, most: u32, events: &[Identity]) -> Vec<Start> {
+    let begin = |event: &Identity| Begin { event: *event, before: None, most };
+    store.start(events.iter().map(begin).collect()).await.expect("answers")
 }
 
 pub(super) async fn a_commit_ends_the_start(candidate: &Candidate) {
-    let store = (candidate.open)("a");
+    let (store, other) = ((candidate.open)("a"), (candidate.open)("b"));
     let [x, y] = ["x", "y"].map(identity);
     begin(&store, 1, &[x, y]).await;
     store.note(x, 3).await.expect("takes it");
+    let nothing = Start { kept: true, ..Start::default() };
     assert!(is_fresh(&store, Effect { started: Some(x), ..done("x") }).await);
-    assert_eq!(begin(&store, 1, &[x, y]).await[0], Start::default());
+    assert_eq!(begin(&other, 9, &[x]).await[0], nothing);
     assert!(!is_fresh(&store, Effect { started: Some(x), ..done("x") }).await);
-    let after = begin(&store, 1, &[x, y]).await;
-    assert_eq!(after[0], Start::default(), "a superseded one has ended too");
-    assert_eq!(after[1].unfinished, 1, "its neighbour has not");
+    let after = begin(&store, 9, &[x]).await;
+    assert_eq!(after[0], nothing, "a superseded one has ended too");
+    assert_eq!(others(&begin(&other, 9, &[y]).await), [["a"]], "its neighbour has not");
 }
 
 pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
@@ -369,8 +433,9 @@ pub(super) async fn only_what_is_old_is_pruned(candidate: &Candidate) {
     let known = |names: &[String]| store.look(names.iter().map(|name| seen(name, 0)).collect());
     assert!(known(&old).await.expect("answers").iter().all(Option::is_none));
     assert!(known(&young).await.expect("answers").iter().all(Option::is_some));
-    let starts = begin(&store, 1, &[identity("old start"), identity("young start")]).await;
-    assert_eq!(starts.iter().map(|start| start.unfinished).collect::<Vec<_>>(), [0, 1]);
+    let other = (candidate.open)("b");
+    let starts = begin(&other, 0, &[identity("old start"), identity("young start")]).await;
+    assert_eq!(others(&starts), [vec![], vec!["a"]]);
     assert_eq!(outbox(candidate).await.len(), 4000, "what is not sent is never pruned");
 }
 
@@ -390,7 +455,7 @@ pub(super) async fn what_was_committed_outlives_the_worker(candidate: &Candidate
     drop(store);
     let successor = (candidate.open)("b");
     assert!(is_known(&successor, "1", 0).await);
-    assert_eq!(begin(&successor, 1, &[identity("2")]).await[0].unfinished, 1);
+    assert_eq!(others(&begin(&successor, 1, &[identity("2")]).await), [["a"]]);
     assert_eq!(ids(&successor.adopt(Left::In("p00".into())).await.expect("answers")), ["unheard", "1"]);
 }
 

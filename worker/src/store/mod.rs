@@ -4,6 +4,7 @@
 mod postgres;
 mod sqlite;
 mod state;
+mod time;
 
 #[cfg(test)]
 mod exam;
@@ -117,13 +118,35 @@ pub enum Recorded {
     Outdated,
 }
 
-/// What is known of an event's earlier starts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// A start to record.
+#[derive(Clone, Debug)]
+pub struct Begin {
+    /// Of which event.
+    pub event: Identity,
+    /// The worker that had its partition before and did not give it back: it had the event, where nothing of it is recorded.
+    pub before: Option<Arc<str>>,
+    /// It is recorded where no more others are.
+    pub most: u32,
+}
+
+/// What is known of an event's starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Start {
-    /// Recorded starts before this one that never finished.
-    pub unfinished: u32,
+    /// Whether ours is recorded.
+    pub kept: bool,
+    /// The other workers that began it, did not finish it or give it back, and have not ended well.
+    pub others: Vec<Other>,
     /// Attempts that failed in place.
     pub failed: u32,
+}
+
+/// A worker that began an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Other {
+    /// Its run.
+    pub run: String,
+    /// When it beat last, in the store's time; none where it is not known to live.
+    pub seen: Option<i64>,
 }
 
 /// A row of the outbox.
@@ -159,11 +182,11 @@ pub enum Left {
 pub trait Store: Send + Sync + 'static {
     /// Which of these have an outcome.
     fn look(&self, asked: Vec<Seen>) -> Reply<Vec<Option<Committed>>>;
-    /// Counts the start of each as its n-th, where not so many are counted yet; tells what was known before.
-    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>>;
-    /// Takes one start of each back.
+    /// Records our start of each, where not too many others are recorded; tells who they are.
+    fn start(&self, events: Vec<Begin>) -> Reply<Vec<Start>>;
+    /// Takes our start of each back.
     fn unstart(&self, events: Vec<Identity>) -> Reply<()>;
-    /// Notes that so many attempts failed in place; the start is over.
+    /// Notes that so many attempts failed in place; the starts are over.
     fn note(&self, event: Identity, failed: u32) -> Reply<()>;
     /// Records effects in one transaction, in their order.
     fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>>;
@@ -184,8 +207,14 @@ pub trait Store: Send + Sync + 'static {
     fn give_up(&self, rows: Vec<i64>) -> Reply<()>;
     /// Forgets rows that were published.
     fn sent(&self, rows: Vec<i64>) -> Reply<()>;
+    /// Makes a partition ours; tells whose it was, if that is another who did not give it back.
+    fn own(&self, partition: Arc<str>) -> Reply<Option<Arc<str>>>;
+    /// Gives a partition back, if it is ours: whatever of it comes again was let go of in order.
+    fn disown(&self, partition: Arc<str>) -> Reply<()>;
     /// Says that this worker lives.
     fn beat(&self) -> Reply<()>;
+    /// Says that this worker ends well: its silence is no death.
+    fn leave(&self) -> Reply<()>;
     /// Forgets a part of what is older than the window; called often, covers everything in turn.
     fn prune(&self, window: Duration) -> Reply<u64>;
     /// What tells this store from all others.

@@ -1,4 +1,5 @@
-//! The store in PostgreSQL, for fleets: a schema a pool, one transaction a batch, the server's clock for all.
+//! The store in PostgreSQL, for fleets: a schema a pool, one transaction a batch. Age is told by the store's time
+//! (`../time.rs`), the server's clock is for people.
 //!
 //! A batch is one statement in one transaction, sent in one flight; the statement says which effects are fresh
 //! (`record.rs`). The inbox is a table a period (`periods.rs`). A commit whose answer was lost is resolved by the inbox when
@@ -8,6 +9,7 @@ mod periods;
 mod record;
 mod schema;
 mod session;
+mod start;
 mod state;
 mod tx;
 
@@ -17,10 +19,12 @@ pub use self::tx::{Transactions, Tx, TxError};
 use self::periods::Periods;
 use self::record::{Batch, chunks, uuid};
 use self::session::{Lease, PATIENCE, Sessions, Values, begin, in_time};
+use super::time::StoreTime;
 use super::{
-    Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+    Begin, Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store,
+    StoreError,
 };
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -45,6 +49,7 @@ struct Inner {
     class: i32,
     worker: String,
     identity: String,
+    time: StoreTime,
     periods: Mutex<Arc<Periods>>,
     /// Events whose last commit may have happened although its answer never came.
     uncertain: Mutex<HashSet<Identity>>,
@@ -70,13 +75,14 @@ impl Postgres {
         let sessions = Sessions::new(server.clone(), OWN)?;
         let schema = schema::name(pool);
         let deadline = Instant::now() + patience;
-        let (identity, periods) = loop {
+        let (identity, time, periods) = loop {
             let opened = async {
                 let lease = sessions.lease().await?;
                 let identity = schema::migrate(&lease, &schema, pool).await?;
+                let time = StoreTime::from(schema::time(&lease, &schema).await?);
                 let periods = Periods::read(&lease, &schema).await?;
                 lease.keep();
-                Ok((identity, periods))
+                Ok((identity, time, periods))
             };
             match tokio::time::timeout(patience.max(*PATIENCE), opened).await {
                 Ok(Ok(opened)) => break opened,
@@ -97,6 +103,7 @@ impl Postgres {
             schema,
             worker: worker.into(),
             identity,
+            time,
             periods: Mutex::new(Arc::new(periods)),
             uncertain: Mutex::default(),
         })))
@@ -118,6 +125,11 @@ impl Postgres {
 impl Inner {
     fn periods(&self) -> Arc<Periods> {
         self.periods.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The store's time now, in SQL.
+    fn now(&self) -> String {
+        moment(self.time.now())
     }
 
     /// A transaction of a phase holds its lock: what its beginning selects.
@@ -203,7 +215,7 @@ impl Inner {
         for chunk in chunks {
             let may = if many { state::current(lease, &self.schema, chunk).await? } else { Vec::new() };
             let batch = Batch::of(chunk, &may, &self.worker).map_err(unwritable)?;
-            let (sql, values) = (batch.statement(&self.schema, periods, ""), batch.values());
+            let (sql, values) = (batch.statement(&self.schema, periods, &self.now(), ""), batch.values());
             let rows =
                 if many { lease.query_typed(&sql, &values).await } else { lease.transact(&begin, &sql, &values).await };
             let Some(rows) = current(rows, periods, 0)? else { return Ok(None) };
@@ -279,7 +291,8 @@ impl Inner {
 
     async fn adopt(&self, left: &Left) -> Result<Vec<Row>, StoreError> {
         let s = &self.schema;
-        let silent = format!("NOT IN (SELECT id FROM {s}.workers WHERE seen >= now() - make_interval(secs => $2))");
+        let now = self.now();
+        let silent = format!("NOT IN (SELECT id FROM {s}.workers WHERE seen >= {now} - make_interval(secs => $2))");
         let (which, name, age);
         let value: (&(dyn ToSql + Sync), Type) = match left {
             Left::In(partition) => {
@@ -305,61 +318,18 @@ impl Inner {
             rows.sort_unstable_by_key(|row: &Row| row.id);
         }
         if let Left::Silent(_) = left {
-            let gone = format!("DELETE FROM {s}.workers WHERE id <> $1 AND id {silent}");
+            let gone = format!("DELETE FROM {s}.workers WHERE id <> $1 AND NOT ended AND id {silent}");
             self.write(&gone, values).await?;
         }
         Ok(rows)
     }
 
-    async fn start(&self, events: &[(Identity, u32)]) -> Result<Vec<Start>, StoreError> {
-        let mut most: BTreeMap<Uuid, i32> = BTreeMap::new();
-        for (event, nth) in events {
-            let most = most.entry(uuid(event)).or_default();
-            *most = (*most).max(i32::try_from(*nth).unwrap_or(i32::MAX));
-        }
-        let (identities, counts): (Vec<Uuid>, Vec<i32>) = most.into_iter().unzip();
-        let s = &self.schema;
-        let sql = format!(
-            "WITH counted AS (INSERT INTO {s}.starts AS s SELECT identity, nth, 0, clock_timestamp()
-                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, nth) WHERE nth > 0
-                 ON CONFLICT (identity) DO UPDATE SET starts = greatest(s.starts, excluded.starts), at = excluded.at)
-             SELECT identity, starts, failed FROM {s}.starts WHERE identity = ANY($1)"
-        );
-        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
-        let count = |row: &tokio_postgres::Row, column: usize| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
-        let start =
-            |row: &tokio_postgres::Row| (row.get(0), Start { unfinished: count(row, 1), failed: count(row, 2) });
-        // The rows as they were before this statement.
-        let mut known: HashMap<Uuid, Start> = self.write(&sql, values).await?.iter().map(start).collect();
-        let start = |(event, nth): &(Identity, u32)| {
-            let known = known.entry(uuid(event)).or_default();
-            let before = *known;
-            known.unfinished = before.unfinished.max(*nth);
-            before
-        };
-        Ok(events.iter().map(start).collect())
-    }
-
-    async fn unstart(&self, events: &[Identity]) -> Result<(), StoreError> {
-        let (identities, counts) = counted(events);
-        let s = &self.schema;
-        let sql = format!(
-            "WITH e AS (SELECT s.identity, greatest(s.starts - count, 0) AS starts, s.failed
-                 FROM unnest($1::uuid[], $2::integer[]) AS e(identity, count) JOIN {s}.starts s USING (identity)
-                 ORDER BY s.identity FOR UPDATE OF s),
-             gone AS (DELETE FROM {s}.starts s USING e WHERE s.identity = e.identity AND e.starts = 0 AND e.failed = 0)
-             UPDATE {s}.starts s SET starts = e.starts FROM e
-                 WHERE s.identity = e.identity AND NOT (e.starts = 0 AND e.failed = 0)"
-        );
-        let values: Values<'_> = &[(&identities, Type::UUID_ARRAY), (&counts, Type::INT4_ARRAY)];
-        self.write(&sql, values).await.map(drop)
-    }
-
     async fn note(&self, event: Identity, failed: u32) -> Result<(), StoreError> {
         let sql = format!(
-            "INSERT INTO {}.starts VALUES ($1, 0, $2, clock_timestamp()) ON CONFLICT (identity)
-             DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
-            self.schema
+            "INSERT INTO {}.starts VALUES ($1, 0, $2, {}) ON CONFLICT (identity)
+             DO UPDATE SET runs = '{{}}', failed = excluded.failed, at = excluded.at",
+            self.schema,
+            self.now()
         );
         let failed = i32::try_from(failed).unwrap_or(i32::MAX);
         self.write(&sql, &[(&uuid(&event), Type::UUID), (&failed, Type::INT4)]).await.map(drop)
@@ -367,16 +337,24 @@ impl Inner {
 
     async fn prune(&self, window: Duration) -> Result<u64, StoreError> {
         let lease = self.sessions.lease().await?;
-        let gone = periods::turn(&lease, &self.schema, self.class, window).await?;
+        let gone = periods::turn(&lease, &self.schema, self.class, window, &self.now()).await?;
         lease.keep();
         self.reread().await?;
         let sql = format!(
-            "WITH gone AS (DELETE FROM {}.starts WHERE at < clock_timestamp() - make_interval(secs => $1) RETURNING 1)
+            "WITH gone AS (DELETE FROM {}.starts WHERE at < {} - make_interval(secs => $1) RETURNING 1)
              SELECT count(*) FROM gone",
-            self.schema
+            self.schema,
+            self.now()
         );
         let starts = self.write(&sql, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
-        let states = self.write(&state::prune(&self.schema), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        let ended = format!(
+            "DELETE FROM {}.workers WHERE ended AND seen < {} - make_interval(secs => $1)",
+            self.schema,
+            self.now()
+        );
+        self.write(&ended, &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
+        let states =
+            self.write(&state::prune(&self.schema, &self.now()), &[(&window.as_secs_f64(), Type::FLOAT8)]).await?;
         Ok(gone
             + states.len() as u64
             + starts.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
@@ -388,7 +366,7 @@ impl Store for Postgres {
         self.call(|inner| async move { inner.look(&asked).await })
     }
 
-    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
+    fn start(&self, events: Vec<Begin>) -> Reply<Vec<Start>> {
         self.call(|inner| async move { inner.start(&events).await })
     }
 
@@ -435,7 +413,7 @@ impl Store for Postgres {
                 (ended, Type::BOOL),
                 (body, Type::BYTEA),
             ];
-            inner.write(&state::keep(&inner.schema), values).await.map(drop)
+            inner.write(&state::keep(&inner.schema, &inner.now()), values).await.map(drop)
         })
     }
 
@@ -481,13 +459,50 @@ impl Store for Postgres {
         })
     }
 
-    fn beat(&self) -> Reply<()> {
-        self.call(|inner| async move {
+    fn own(&self, partition: Arc<str>) -> Reply<Option<Arc<str>>> {
+        self.call(move |inner| async move {
+            let s = &inner.schema;
             let sql = format!(
-                "INSERT INTO {}.workers VALUES ($1, clock_timestamp()) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
-                inner.schema
+                "WITH owned AS (INSERT INTO {s}.owners AS o VALUES ($2, $1) ON CONFLICT (partition)
+                     DO UPDATE SET worker = excluded.worker WHERE o.worker <> excluded.worker)
+                 SELECT worker FROM {s}.owners WHERE partition = $2 AND worker <> $1"
+            );
+            let values: Values<'_> = &[(&inner.worker, Type::TEXT), (&&*partition, Type::TEXT)];
+            let rows = inner.write(&sql, values).await?;
+            Ok(rows.first().map(|row| row.get::<_, &str>(0).into()))
+        })
+    }
+
+    fn disown(&self, partition: Arc<str>) -> Reply<()> {
+        self.call(move |inner| async move {
+            let sql = format!("DELETE FROM {}.owners WHERE partition = $2 AND worker = $1", inner.schema);
+            let values: Values<'_> = &[(&inner.worker, Type::TEXT), (&&*partition, Type::TEXT)];
+            inner.write(&sql, values).await.map(drop)
+        })
+    }
+
+    fn leave(&self) -> Reply<()> {
+        self.call(|inner| async move {
+            let s = &inner.schema;
+            let sql = format!(
+                "WITH gone AS (DELETE FROM {s}.owners WHERE worker = $1)
+                 UPDATE {s}.workers SET ended = true WHERE id = $1"
             );
             inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await.map(drop)
+        })
+    }
+
+    fn beat(&self) -> Reply<()> {
+        self.call(|inner| async move {
+            let (s, now) = (&inner.schema, inner.time.now());
+            let sql = format!(
+                "WITH beat AS (INSERT INTO {s}.workers (id, seen) VALUES ($1, {}) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen)
+                 UPDATE {s}.meta SET value = greatest(value::bigint, {now})::text WHERE name = 'time' RETURNING value::bigint",
+                moment(now)
+            );
+            let kept = inner.write(&sql, &[(&inner.worker, Type::TEXT)]).await?;
+            kept.iter().for_each(|row| inner.time.hear(row.get(0)));
+            Ok(())
         })
     }
 
@@ -504,6 +519,11 @@ impl Store for Postgres {
     }
 }
 
+/// A moment of the store's time, in SQL.
+fn moment(millis: i64) -> String {
+    format!("to_timestamp({millis}::float8 / 1000)")
+}
+
 /// The answer, if its phase still holds; the phase stands in this column of the first row.
 fn current(
     rows: Result<Vec<tokio_postgres::Row>, tokio_postgres::Error>,
@@ -517,15 +537,6 @@ fn current(
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Each identity once, with how often it stands there, in an order in which two calls do not lock each other out.
-fn counted(events: &[Identity]) -> (Vec<Uuid>, Vec<i32>) {
-    let mut counts: BTreeMap<Uuid, i32> = BTreeMap::new();
-    for event in events {
-        *counts.entry(uuid(event)).or_default() += 1;
-    }
-    counts.into_iter().unzip()
 }
 
 fn row(row: &tokio_postgres::Row) -> Option<Row> {

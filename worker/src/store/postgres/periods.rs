@@ -71,12 +71,19 @@ fn known(periods: &[i32], schema: &str, n: u32) -> String {
 }
 
 /// Goes on to the next phase where it is time; forgets what is older than the window. Returns about how many rows went.
-pub(super) async fn turn(lease: &Lease, schema: &str, class: i32, window: Duration) -> Result<u64, StoreError> {
+/// `now` is the store's time, in SQL.
+pub(super) async fn turn(
+    lease: &Lease,
+    schema: &str,
+    class: i32,
+    window: Duration,
+    now: &str,
+) -> Result<u64, StoreError> {
     let seconds = window.as_secs_f64();
     lease.batch_execute(&begin("")).await?;
     // One worker does it; the others have nothing to wait for.
     let sql = format!(
-        "SELECT phase, phase % 2 = 1 OR clock_timestamp() - since >= make_interval(secs => $1) FROM {schema}.phase
+        "SELECT phase, phase % 2 = 1 OR {now} - since >= make_interval(secs => $1) FROM {schema}.phase
          FOR UPDATE SKIP LOCKED"
     );
     let part = seconds / f64::from(PARTS);
@@ -85,7 +92,7 @@ pub(super) async fn turn(lease: &Lease, schema: &str, class: i32, window: Durati
     let gone = match phase {
         Some(phase) if nobody_is_in(lease, class, phase - 1).await? => {
             let gone = if phase % 2 == 0 {
-                retire(lease, schema, seconds).await?;
+                retire(lease, schema, seconds, now).await?;
                 let next = phase / 2 + 1;
                 let open = format!(
                     "CREATE TABLE {schema}.inbox_{next} (identity uuid PRIMARY KEY);
@@ -95,11 +102,11 @@ pub(super) async fn turn(lease: &Lease, schema: &str, class: i32, window: Durati
                 0
             } else {
                 let closed = phase / 2;
-                let close = format!("UPDATE {schema}.periods SET closed = clock_timestamp() WHERE period = {closed}");
+                let close = format!("UPDATE {schema}.periods SET closed = {now} WHERE period = {closed}");
                 lease.batch_execute(&close).await?;
                 drop_retired(lease, schema).await?
             };
-            let next = format!("UPDATE {schema}.phase SET phase = {}, since = clock_timestamp()", phase + 1);
+            let next = format!("UPDATE {schema}.phase SET phase = {}, since = {now}", phase + 1);
             lease.batch_execute(&next).await?;
             gone
         }
@@ -116,9 +123,9 @@ async fn nobody_is_in(lease: &Lease, class: i32, phase: i32) -> Result<bool, Sto
 }
 
 /// From the next phase on, nobody looks at what is older than the window.
-async fn retire(lease: &Lease, schema: &str, seconds: f64) -> Result<(), StoreError> {
+async fn retire(lease: &Lease, schema: &str, seconds: f64, now: &str) -> Result<(), StoreError> {
     let sql = format!(
-        "UPDATE {schema}.periods SET retired = true WHERE closed < clock_timestamp() - make_interval(secs => $1) RETURNING 1"
+        "UPDATE {schema}.periods SET retired = true WHERE closed < {now} - make_interval(secs => $1) RETURNING 1"
     );
     lease.query_typed(&sql, &[(&seconds, tokio_postgres::types::Type::FLOAT8)]).await?;
     Ok(())

@@ -136,8 +136,8 @@ impl<'a> Batch<'a> {
     /// last outcome is a death before it: the lock of that row decides.
     ///
     /// It has only the parts that these effects need, as the server plans it anew each time. Whom an open period knows, its
-    /// index says; the others are asked before. `more` is selected beside the answer.
-    pub(super) fn statement(&self, s: &str, periods: &Periods, more: &str) -> String {
+    /// index says; the others are asked before. `now` is the store's time, `more` is selected beside the answer.
+    pub(super) fn statement(&self, s: &str, periods: &Periods, now: &str, more: &str) -> String {
         let (period, next) = periods.open();
         let known = if self.replayed > 0 { Some(periods.known(s, 2)) } else { periods.known_before(s, 2) };
         let unknown = known.as_ref().map_or("", |_| "AND identity NOT IN (SELECT identity FROM known)");
@@ -190,7 +190,7 @@ impl<'a> Batch<'a> {
         };
         let changed = match self.changes.is_empty() {
             true => String::new(),
-            false => format!(", {}", self.changes.part(s, 1 + self.values().len() - self.changes.values().len())),
+            false => format!(", {}", self.changes.part(s, 1 + self.values().len() - self.changes.values().len(), now)),
         };
         format!(
             "WITH e AS MATERIALIZED (SELECT n, identity, dead

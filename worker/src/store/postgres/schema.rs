@@ -11,7 +11,7 @@ struct Step {
     needs: i32,
 }
 
-const STEPS: [Step; 3] = [
+const STEPS: [Step; 5] = [
     Step {
         sql: "
     CREATE TABLE {s}.starts (identity uuid PRIMARY KEY, starts integer NOT NULL, failed integer NOT NULL,
@@ -28,6 +28,24 @@ const STEPS: [Step; 3] = [
     },
     Step { sql: state::TABLE, needs: 1 },
     Step { sql: state::DUE, needs: 1 },
+    Step {
+        sql: "
+    INSERT INTO {s}.meta VALUES ('time', (extract(epoch FROM clock_timestamp()) * 1000)::bigint::text);
+    ALTER TABLE {s}.states ADD COLUMN at timestamptz NOT NULL DEFAULT clock_timestamp();
+    UPDATE {s}.states SET at = changed;
+    DROP INDEX {s}.states_changed_idx;
+    CREATE INDEX ON {s}.states (at) WHERE ended;
+    ",
+        needs: 1,
+    },
+    Step {
+        sql: "
+    ALTER TABLE {s}.starts ADD COLUMN runs text[] NOT NULL DEFAULT '{}';
+    ALTER TABLE {s}.workers ADD COLUMN ended boolean NOT NULL DEFAULT false;
+    CREATE TABLE {s}.owners (partition text PRIMARY KEY, worker text NOT NULL);
+    ",
+        needs: 1,
+    },
 ];
 
 /// What this version knows.
@@ -90,6 +108,14 @@ pub(super) async fn migrate(lease: &Lease, schema: &str, pool: &str) -> Result<S
         Some((.., identity)) => Ok(identity),
         None => Err(StoreError::Unavailable(format!("the schema {schema} was dropped while it was made"))),
     }
+}
+
+/// The store's time as it was told last.
+pub(super) async fn time(lease: &Lease, schema: &str) -> Result<i64, StoreError> {
+    let sql = format!("SELECT value::bigint FROM {schema}.meta WHERE name = 'time'");
+    let row = lease.query_typed(&sql, &[]).await?;
+    let missing = || StoreError::Unavailable(format!("the schema {schema} keeps no time"));
+    row.first().map(|row| row.get(0)).ok_or_else(missing)
 }
 
 /// Version, oldest version that may use it, identity; none where there is no store yet.

@@ -128,7 +128,7 @@ fn is_of_the_data(error: &tokio_postgres::Error) -> bool {
     }
 }
 
-/// Work of the store, no longer than any call may take.
+/// Work of the store on a connection that it has, no longer than any call may take.
 pub(super) async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let silent = || StoreError::Unavailable(format!("PostgreSQL: no answer within {:?}", *PATIENCE));
     tokio::time::timeout(*PATIENCE, work).await.map_err(|_| silent())?

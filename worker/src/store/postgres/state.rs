@@ -96,11 +96,12 @@ impl<'a> Changes<'a> {
     }
 
     /// The part of a statement that makes the changes of those effects that are fresh; its parameters begin at `$first`.
-    pub(super) fn part(&self, s: &str, first: usize) -> String {
+    /// `now` is the store's time, in SQL; `changed` is for people.
+    pub(super) fn part(&self, s: &str, first: usize, now: &str) -> String {
         let n = |offset: usize| first + offset;
         format!(
             "changed AS (UPDATE {s}.states s SET version = s.version + 1, kind = c.kind, name = c.name, status = c.status,
-                 key = c.key, ended = c.ended, changed = clock_timestamp(), body = c.body, due = c.due
+                 key = c.key, ended = c.ended, changed = clock_timestamp(), body = c.body, due = c.due, at = {now}
                  FROM unnest(${}::integer[], ${}::uuid[], ${}::text[], ${}::text[], ${}::text[], ${}::text[], ${}::boolean[],
                      ${}::bytea[], ${}::bigint[]) AS c(n, id, kind, name, status, key, ended, body, due)
                  WHERE s.id = c.id AND c.n IN (SELECT n FROM fresh))",
@@ -127,9 +128,9 @@ pub(super) fn load(s: &str) -> String {
     format!("SELECT {COLUMNS} FROM {s}.states WHERE id = ANY($1) AND version > 0")
 }
 
-pub(super) fn keep(s: &str) -> String {
+pub(super) fn keep(s: &str, now: &str) -> String {
     format!(
-        "INSERT INTO {s}.states VALUES ($1, 1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7)
+        "INSERT INTO {s}.states VALUES ($1, 1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7, {now})
          ON CONFLICT (id) DO NOTHING"
     )
 }
@@ -165,10 +166,8 @@ pub(super) fn counted(row: &Row) -> Count {
 }
 
 /// Forgets those that ended before the window.
-pub(super) fn prune(s: &str) -> String {
-    format!(
-        "DELETE FROM {s}.states WHERE ended AND changed < clock_timestamp() - make_interval(secs => $1) RETURNING 1"
-    )
+pub(super) fn prune(s: &str, now: &str) -> String {
+    format!("DELETE FROM {s}.states WHERE ended AND at < {now} - make_interval(secs => $1) RETURNING 1")
 }
 
 pub(super) fn kept(row: &Row) -> (Uuid, Kept) {

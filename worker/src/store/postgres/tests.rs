@@ -90,6 +90,10 @@ fn candidate() -> Candidate {
 
 exam!(candidate());
 
+fn first(event: &str) -> Begin {
+    Begin { event: Identity::of("/tests", event), before: None, most: 0 }
+}
+
 fn effect(id: &str, outcome: Outcome, replayed: u32) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed });
     Effect { seen, outcome, started: None, partition: "p00".into(), out: vec![Message::default()], change: None }
@@ -170,7 +174,7 @@ async fn a_newer_schema_is_used_as_long_as_it_only_adds() {
     assert_eq!(commit(&older, vec![effect("1", Outcome::Done, 0)]).await, [true]);
     let another = pool.open("b").await;
     assert!(knows(&another, "1", 0).await);
-    another.start(vec![(Identity::of("/tests", "2"), 1)]).await.expect("answers");
+    another.start(vec![first("2")]).await.expect("answers");
     pool.sql("UPDATE {s}.meta SET value = '999' WHERE name = 'needs'").await;
     match Postgres::open(&server(), &pool.0, "c", Duration::ZERO).await {
         Err(StoreError::Newer { found: 999, known }) => assert_eq!(known, i64::from(schema::KNOWN)),
@@ -292,6 +296,35 @@ async fn a_period_goes_whole_with_its_deaths_and_no_other() {
     assert!(knows(&ours, "old 7", 9).await, "a success is final");
     let tables = "SELECT count(*) FROM pg_tables WHERE schemaname = '{s}' AND tablename LIKE 'inbox%'";
     assert!(pool.number(tables).await <= 4);
+}
+
+/// As far as the store is concerned, a step of the server's clock by a month is that everything in it was written a month before.
+#[tokio::test]
+async fn a_step_of_the_clock_makes_nothing_older() {
+    let pool = Pool::new();
+    let store = pool.open("a").await;
+    commit(&store, vec![effect("1", Outcome::Done, 0)]).await;
+    next_period(&store).await;
+    commit(&store, vec![effect("2", Outcome::Dead, 0)]).await;
+    store.start(vec![first("start")]).await.expect("answers");
+    store.beat().await.expect("takes it");
+    let month = 30 * 86_400_000_i64;
+    let earlier = format!(
+        "UPDATE {{s}}.phase SET since = since - interval '30 days'; UPDATE {{s}}.periods SET closed = closed - interval '30 days';
+         UPDATE {{s}}.starts SET at = at - interval '30 days'; UPDATE {{s}}.workers SET seen = seen - interval '30 days';
+         UPDATE {{s}}.meta SET value = (value::bigint - {month})::text WHERE name = 'time'"
+    );
+    pool.sql(&earlier).await;
+    let store = pool.open("b").await;
+    store.beat().await.expect("takes it");
+    let phase = store.0.periods().phase;
+    for _ in 0..4 {
+        assert_eq!(store.prune(Duration::from_secs(7 * 86_400)).await.expect("answers"), 0);
+    }
+    assert_eq!(store.0.periods().phase, phase, "a period gave way");
+    assert!(knows(&store, "1", 0).await && knows(&store, "2", 0).await);
+    assert_eq!(store.adopt(Left::Silent(Duration::from_secs(20))).await.expect("answers"), []);
+    assert_eq!(pool.number("SELECT count(*) FROM {s}.starts").await, 1);
 }
 
 #[tokio::test]

@@ -175,8 +175,11 @@ impl Transactions {
             out: Vec::new(),
             change: None,
         };
-        let Some((lease, transaction)) = in_time(self.claim(&effect, timeout)).await? else {
-            return in_time(self.known(&effect)).await;
+        // All connections may be with handlers that take their time: that is no fault of the database.
+        let lease = self.sessions.lease().await?;
+        let (lease, transaction) = match in_time(self.claim(lease, &effect, timeout)).await? {
+            (lease, Some(transaction)) => (lease, transaction),
+            (lease, None) => return in_time(self.known(lease, &effect)).await,
         };
 
         let shared = Arc::new(Shared { lease: RwLock::new(Some(lease)), trouble: Mutex::default() });
@@ -206,13 +209,17 @@ impl Transactions {
         })
     }
 
-    /// Begins a transaction, and records the event as done in it. None where it is known.
-    async fn claim(&self, effect: &Effect, timeout: Duration) -> Result<Option<(Lease, String)>, StoreError> {
+    /// Begins a transaction, and records the event as done in it; tells its name. None where the event is known.
+    async fn claim(
+        &self,
+        lease: Lease,
+        effect: &Effect,
+        timeout: Duration,
+    ) -> Result<(Lease, Option<String>), StoreError> {
         let inner = &self.inner;
         let effects = std::slice::from_ref(effect);
         let batch = Batch::of(effects, &[], &inner.worker).map_err(super::unwritable)?;
         loop {
-            let lease = self.sessions.lease().await?;
             let periods = inner.periods();
             let (begin, xid) = (begin_within(timeout, &inner.lock(&periods)), ", pg_current_xact_id()::text");
             if let Some(sql) = plain(effect, &inner.schema, &periods, xid) {
@@ -220,44 +227,43 @@ impl Transactions {
                 let said = lease.simple_query(&format!("{begin}; {sql}")).await;
                 match claimed(said, &periods)? {
                     None => {
+                        lease.batch_execute("ROLLBACK").await?;
                         inner.reread().await?;
                         continue;
                     }
-                    Some(Some(transaction)) => return Ok(Some((lease, transaction))),
+                    Some(Some(transaction)) => return Ok((lease, Some(transaction))),
                     Some(None) => {
                         lease.batch_execute("ROLLBACK").await?;
-                        lease.keep();
-                        return Ok(None);
+                        return Ok((lease, None));
                     }
                 }
             }
-            let (sql, values) = (batch.statement(&inner.schema, &periods, xid), batch.values());
+            let (sql, values) = (batch.statement(&inner.schema, &periods, &inner.now(), xid), batch.values());
             let (begun, rows) = join(lease.batch_execute(&begin), lease.query_typed(&sql, &values)).await;
             begun?;
             let Some(rows) = super::current(rows, &periods, 0)? else {
+                lease.batch_execute("ROLLBACK").await?;
                 inner.reread().await?;
                 continue;
             };
             if let Some(row) = rows.first().filter(|row| !row.get::<_, Vec<i32>>(1).is_empty()) {
                 let transaction = row.get(3);
-                return Ok(Some((lease, transaction)));
+                return Ok((lease, Some(transaction)));
             }
             lease.batch_execute("ROLLBACK").await?;
-            lease.keep();
-            return Ok(None);
+            return Ok((lease, None));
         }
     }
 
     /// The event has an outcome: another's, or our own whose answer was lost. Then its rows are still ours to publish.
-    async fn known<E>(&self, effect: &Effect) -> Result<Ended<E>, StoreError> {
+    async fn known<E>(&self, lease: Lease, effect: &Effect) -> Result<Ended<E>, StoreError> {
         let mut recorded = Recorded::Superseded(Committed(()));
         if let Some(Seen { identity, .. }) = effect.seen
             && self.inner.doubts(&identity)
         {
-            let lease = self.sessions.lease().await?;
             recorded = self.inner.recover(&lease, &identity).await?;
-            lease.keep();
         }
+        lease.keep();
         Ok(Ended::Recorded(recorded, Vec::new()))
     }
 

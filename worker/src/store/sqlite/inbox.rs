@@ -5,6 +5,8 @@
 //! When that is many, it is sealed: sorted into pages that are found by an identity's first bits, behind a filter that
 //! answers for almost everything that is fresh. A run of sealed pages is forgotten as a whole.
 //!
+//! Whatever is called `at` is in the store's time (`../time.rs`).
+//!
 //! Other processes write to the same file: every transaction first takes in what is new, so memory is never behind.
 use super::filter::Filter;
 use crate::store::{Outcome, Seen};

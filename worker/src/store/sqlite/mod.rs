@@ -3,11 +3,14 @@
 //! One thread owns the connection and does one call after the other; a batch is a call, a call is a transaction.
 mod filter;
 mod inbox;
+mod start;
 mod state;
 
 use self::inbox::{Fresh, Inbox};
+use super::time::StoreTime;
 use super::{
-    Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store, StoreError,
+    Begin, Committed, Count, Due, Effect, Kept, Left, Listed, Recorded, Reply, Row, Seen, Start, State, Store,
+    StoreError,
 };
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::fs::OpenOptions;
@@ -20,14 +23,22 @@ use uuid::Uuid;
 use warren_shared::Identity;
 
 /// The schema, a step an entry; a store remembers how many it has.
-const SCHEMA: [&str; 4] = [inbox::TABLES, "
+const SCHEMA: [&str; 6] = [inbox::TABLES, "
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE starts (identity BLOB PRIMARY KEY, starts INTEGER NOT NULL, failed INTEGER NOT NULL, at INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, worker TEXT NOT NULL, partition TEXT NOT NULL,
         envelope TEXT NOT NULL, body BLOB NOT NULL);
     CREATE TABLE workers (id TEXT PRIMARY KEY, seen INTEGER NOT NULL) WITHOUT ROWID;
-", state::TABLE, state::DUE];
+", state::TABLE, state::DUE, "
+    INSERT INTO meta VALUES ('time', CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER));
+    ALTER TABLE states ADD COLUMN at INTEGER NOT NULL DEFAULT 0;
+    UPDATE states SET at = changed;
+", "
+    ALTER TABLE starts ADD COLUMN runs TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE workers ADD COLUMN ended INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE owners (partition TEXT PRIMARY KEY, worker TEXT NOT NULL) WITHOUT ROWID;
+"];
 
 /// How long a lock of another process is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -56,6 +67,7 @@ pub struct Sqlite {
     path: String,
     worker: String,
     identity: String,
+    time: Arc<StoreTime>,
     slice: std::sync::atomic::AtomicU8,
 }
 
@@ -80,6 +92,7 @@ impl Sqlite {
         let mut connection = connect(path).map_err(refuse)?;
         migrate(&mut connection, refuse)?;
         let identity = identity(&mut connection).map_err(refuse)?;
+        let time = Arc::new(StoreTime::from(connection.query_row(TIME, [], |row| row.get(0)).map_err(refuse)?));
 
         let mut desk = Desk { connection, inbox: Inbox::default() };
         let (jobs, queue) = mpsc::channel::<Job>();
@@ -87,7 +100,7 @@ impl Sqlite {
             .name("store".into())
             .spawn(move || queue.into_iter().for_each(|job| job(&mut desk)))
             .map_err(|e| StoreError::Unavailable(e.to_string()))?;
-        Ok(Self { jobs, path: path.display().to_string(), worker: worker.into(), identity, slice: 0.into() })
+        Ok(Self { jobs, path: path.display().to_string(), worker: worker.into(), identity, time, slice: 0.into() })
     }
 
     /// The same store, if it is this pool's or nobody's yet: what one pool has handled another would take for done.
@@ -215,7 +228,11 @@ fn identity(connection: &mut Connection) -> rusqlite::Result<String> {
     connection.query_row("SELECT value FROM meta WHERE name = 'identity'", [], |row| row.get(0))
 }
 
-fn now() -> i64 {
+/// The store's time as it was told last.
+const TIME: &str = "SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'time'";
+
+/// The clock of the day, for people: nothing is decided by it.
+fn today() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }
 
@@ -241,7 +258,7 @@ fn record(
         return Ok(Recorded::Superseded(Committed(())));
     }
     if let Some(change) = &effect.change {
-        state::write(tx, change, at)?;
+        state::write(tx, change, today(), at)?;
     }
     let mut rows = Vec::with_capacity(effect.out.len());
     for message in &effect.out {
@@ -261,8 +278,9 @@ fn prune(desk: &mut Desk, slice: u8, before: i64) -> rusqlite::Result<u64> {
         .prepare_cached("DELETE FROM starts WHERE identity >= ?1 AND identity < ?2 AND at < ?3")?
         .execute(params![from, to, before])?;
     let states = tx
-        .prepare_cached("DELETE FROM states WHERE id >= ?1 AND id < ?2 AND ended AND changed < ?3")?
+        .prepare_cached("DELETE FROM states WHERE id >= ?1 AND id < ?2 AND ended AND at < ?3")?
         .execute(params![from, to, before])?;
+    tx.prepare_cached("DELETE FROM workers WHERE ended AND seen < ?1")?.execute([before])?;
     let gone = (starts + states) as u64 + u64::try_from(inbox.prune(&tx, before)?).unwrap_or(0);
     tx.commit().map(|()| gone)
 }
@@ -284,54 +302,34 @@ impl Store for Sqlite {
         })
     }
 
-    fn start(&self, events: Vec<(Identity, u32)>) -> Reply<Vec<Start>> {
-        self.run(move |tx| {
-            let mut known = tx.prepare_cached("SELECT starts, failed FROM starts WHERE identity = ?1")?;
-            let mut count = tx.prepare_cached(
-                "INSERT INTO starts VALUES (?1, ?2, 0, ?3)
-                 ON CONFLICT (identity) DO UPDATE SET starts = max(starts, excluded.starts), at = excluded.at",
-            )?;
-            let start = |(event, nth): &(Identity, u32)| {
-                let before = |row: &rusqlite::Row<'_>| Ok(Start { unfinished: row.get(0)?, failed: row.get(1)? });
-                let before = known.query_row([event.as_bytes()], before).optional()?.unwrap_or_default();
-                if *nth > 0 {
-                    count.execute(params![event.as_bytes(), nth, now()])?;
-                }
-                Ok(before)
-            };
-            events.iter().map(start).collect()
-        })
+    fn start(&self, events: Vec<Begin>) -> Reply<Vec<Start>> {
+        let (worker, now) = (self.worker.clone(), self.time.now());
+        self.run(move |tx| events.iter().map(|event| start::begin(tx, event, &worker, now)).collect())
     }
 
     fn unstart(&self, events: Vec<Identity>) -> Reply<()> {
-        self.run(move |tx| {
-            for event in &events {
-                tx.prepare_cached("UPDATE starts SET starts = max(starts - 1, 0) WHERE identity = ?1")?
-                    .execute([event.as_bytes()])?;
-                tx.prepare_cached("DELETE FROM starts WHERE identity = ?1 AND starts = 0 AND failed = 0")?
-                    .execute([event.as_bytes()])?;
-            }
-            Ok(())
-        })
+        let worker = self.worker.clone();
+        self.run(move |tx| events.iter().try_for_each(|event| start::take_back(tx, event, &worker)))
     }
 
     fn note(&self, event: Identity, failed: u32) -> Reply<()> {
+        let now = self.time.now();
         self.run(move |tx| {
             tx.prepare_cached(
-                "INSERT INTO starts VALUES (?1, 0, ?2, ?3)
-                 ON CONFLICT (identity) DO UPDATE SET starts = 0, failed = excluded.failed, at = excluded.at",
+                "INSERT INTO starts (identity, starts, failed, at) VALUES (?1, 0, ?2, ?3)
+                 ON CONFLICT (identity) DO UPDATE SET runs = '[]', failed = excluded.failed, at = excluded.at",
             )?
-            .execute(params![event.as_bytes(), failed, now()])?;
+            .execute(params![event.as_bytes(), failed, now])?;
             Ok(())
         })
     }
 
     fn commit(&self, effects: Arc<Vec<Effect>>) -> Reply<Vec<Recorded>> {
-        let worker = self.worker.clone();
+        let (worker, at) = (self.worker.clone(), self.time.now());
         self.call(move |desk| {
             let (tx, inbox) = desk.write()?;
             inbox.refresh(&tx)?;
-            let (mut fresh, at) = (Fresh::default(), now());
+            let mut fresh = Fresh::default();
             let record = |effect: &Effect| record(&tx, inbox, &mut fresh, &worker, effect, at);
             let recorded = effects.iter().map(record).collect::<rusqlite::Result<Vec<_>>>()?;
             inbox.write(&tx, &mut fresh, at)?;
@@ -346,9 +344,10 @@ impl Store for Sqlite {
     }
 
     fn keep(&self, id: Uuid, state: State) -> Reply<()> {
+        let now = self.time.now();
         self.run(move |tx| {
             let change = super::Change { id, found: 0, state };
-            if state::version(tx, &change.id)? == 0 { state::write(tx, &change, now()) } else { Ok(()) }
+            if state::version(tx, &change.id)? == 0 { state::write(tx, &change, today(), now) } else { Ok(()) }
         })
     }
 
@@ -361,11 +360,11 @@ impl Store for Sqlite {
     }
 
     fn count(&self, kind: &'static str) -> Reply<Vec<Count>> {
-        self.call(move |desk| state::count(&desk.connection, kind, now()))
+        self.call(move |desk| state::count(&desk.connection, kind, today()))
     }
 
     fn adopt(&self, left: Left) -> Reply<Vec<Row>> {
-        let worker = self.worker.clone();
+        let (worker, now) = (self.worker.clone(), self.time.now());
         self.call(move |desk| {
             let columns = "id, partition, envelope, body";
             // Mostly there is nothing, and a read waits for no other process.
@@ -391,7 +390,7 @@ impl Store for Sqlite {
                     rows
                 }
                 Left::Silent(age) => {
-                    let before = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+                    let before = now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
                     let silent = "worker <> ?1 AND worker NOT IN (SELECT id FROM workers WHERE seen >= ?2)";
                     let rows = tx
                         .prepare_cached(&format!("SELECT {columns} FROM outbox WHERE {silent} ORDER BY id"))?
@@ -399,7 +398,7 @@ impl Store for Sqlite {
                         .filter_map(Result::transpose)
                         .collect::<rusqlite::Result<Vec<Row>>>()?;
                     tx.execute(&format!("UPDATE outbox SET worker = ?1 WHERE {silent}"), params![worker, before])?;
-                    tx.execute("DELETE FROM workers WHERE seen < ?1", [before])?;
+                    tx.execute("DELETE FROM workers WHERE seen < ?1 AND NOT ended", [before])?;
                     rows
                 }
             };
@@ -425,13 +424,41 @@ impl Store for Sqlite {
         })
     }
 
-    fn beat(&self) -> Reply<()> {
+    fn own(&self, partition: Arc<str>) -> Reply<Option<Arc<str>>> {
         let worker = self.worker.clone();
         self.run(move |tx| {
+            let owner = "SELECT worker FROM owners WHERE partition = ?1 AND worker <> ?2";
+            let owner = tx.prepare_cached(owner)?.query_row(params![partition, worker], |row| row.get(0)).optional()?;
+            tx.execute("INSERT OR REPLACE INTO owners VALUES (?1, ?2)", params![partition, worker])?;
+            Ok(owner)
+        })
+    }
+
+    fn disown(&self, partition: Arc<str>) -> Reply<()> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            tx.execute("DELETE FROM owners WHERE partition = ?1 AND worker = ?2", params![partition, worker]).map(drop)
+        })
+    }
+
+    fn leave(&self) -> Reply<()> {
+        let worker = self.worker.clone();
+        self.run(move |tx| {
+            tx.execute("DELETE FROM owners WHERE worker = ?1", [&worker])?;
+            tx.execute("UPDATE workers SET ended = 1 WHERE id = ?1", [&worker]).map(drop)
+        })
+    }
+
+    fn beat(&self) -> Reply<()> {
+        let (worker, time) = (self.worker.clone(), self.time.clone());
+        self.run(move |tx| {
+            let now = time.now();
             tx.execute(
-                "INSERT INTO workers VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
-                params![worker, now()],
+                "INSERT INTO workers (id, seen) VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
+                params![worker, now],
             )?;
+            tx.execute("UPDATE meta SET value = max(CAST(value AS INTEGER), ?1) WHERE name = 'time'", [now])?;
+            time.hear(tx.query_row(TIME, [], |row| row.get(0))?);
             Ok(())
         })
     }
@@ -439,7 +466,7 @@ impl Store for Sqlite {
     fn prune(&self, window: Duration) -> Reply<u64> {
         // A 256th of the starts a call: no index on time to pay for at every start, no long pause here.
         let slice = self.slice.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let before = now() - i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
+        let before = self.time.now() - i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         self.call(move |desk| {
             let pruned = prune(desk, slice, before);
             if pruned.is_err() {

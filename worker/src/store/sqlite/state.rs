@@ -25,15 +25,16 @@ pub(super) fn version(tx: &Transaction<'_>, id: &Uuid) -> rusqlite::Result<i64> 
     Ok(found.query_row([id.as_bytes()], |row| row.get(0)).optional()?.unwrap_or(0))
 }
 
-pub(super) fn write(tx: &Transaction<'_>, change: &Change, at: i64) -> rusqlite::Result<()> {
+/// `today` is for people, `at` in the store's time.
+pub(super) fn write(tx: &Transaction<'_>, change: &Change, today: i64, at: i64) -> rusqlite::Result<()> {
     let State { kind, name, status, key, ended, due, body } = &change.state;
     tx.prepare_cached(
-        "INSERT INTO states (id, version, kind, name, status, key, ended, begun, changed, body, due)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8, ?9, ?10) ON CONFLICT (id) DO UPDATE SET
+        "INSERT INTO states (id, version, kind, name, status, key, ended, begun, changed, body, due, at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8, ?9, ?10, ?11) ON CONFLICT (id) DO UPDATE SET
              version = excluded.version, status = excluded.status, ended = excluded.ended, changed = excluded.changed,
-             body = excluded.body, due = excluded.due",
+             body = excluded.body, due = excluded.due, at = excluded.at",
     )?
-    .execute(params![change.id.as_bytes(), change.found + 1, kind, name, status, key, ended, at, body, due])
+    .execute(params![change.id.as_bytes(), change.found + 1, kind, name, status, key, ended, today, body, due, at])
     .map(drop)
 }
 

@@ -14,6 +14,10 @@ fn candidate() -> Candidate {
 
 exam!(candidate());
 
+fn first(event: &str) -> Begin {
+    Begin { event: Identity::of("/tests", event), before: None, most: 0 }
+}
+
 fn effect(id: &str, size: usize) -> Effect {
     let seen = Some(Seen { identity: Identity::of("/tests", id), replayed: 0 });
     let out = vec![Message { body: vec![b'x'; size], ..Message::default() }];
@@ -271,16 +275,46 @@ async fn every_old_outcome_and_start_is_counted_as_it_goes() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = Sqlite::open(&directory.path().join("warren.db"), "a").expect("it opens");
     store.commit(Arc::new(named("old", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "old start"), 1)]).await.expect("answers");
+    store.start(vec![first("old start")]).await.expect("answers");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let moment = Instant::now();
     store.commit(Arc::new(named("young", 2000, Outcome::Done))).await.expect("takes them");
-    store.start(vec![(Identity::of("/tests", "young start"), 1)]).await.expect("answers");
+    store.start(vec![first("young start")]).await.expect("answers");
     let mut gone = 0;
     for _ in 0..256 {
         gone += store.prune(moment.elapsed() + Duration::from_millis(100)).await.expect("answers");
     }
     assert_eq!(gone, 2001);
+}
+
+/// As far as the store is concerned, a step of the clock by a month is that everything in it was written a month before.
+#[tokio::test]
+async fn a_step_of_the_clock_makes_nothing_older() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("warren.db");
+    let store = Sqlite::open(&path, "a").expect("it opens");
+    let (sealed, recent) = (named("sealed", 300, Outcome::Dead), named("recent", 20, Outcome::Done));
+    store.commit(Arc::new(sealed.clone())).await.expect("takes them");
+    store.commit(Arc::new(recent.clone())).await.expect("takes them");
+    store.start(vec![first("start")]).await.expect("answers");
+    store.beat().await.expect("takes it");
+    drop(store);
+    let month = 30 * 86_400_000_i64;
+    let earlier = format!(
+        "UPDATE inbox SET at = at - {month}; UPDATE runs SET newest = newest - {month}; UPDATE dead SET at = at - {month};
+         UPDATE starts SET at = at - {month}; UPDATE workers SET seen = seen - {month};
+         UPDATE meta SET value = value - {month} WHERE name = 'time'"
+    );
+    Connection::open(&path).and_then(|connection| connection.execute_batch(&earlier)).expect("done");
+    let store = Sqlite::open(&path, "b").expect("it opens");
+    store.beat().await.expect("takes it");
+    for _ in 0..256 {
+        assert_eq!(store.prune(Duration::from_secs(7 * 86_400)).await.expect("answers"), 0);
+    }
+    assert_eq!((known(&store, &sealed).await, known(&store, &recent).await), (300, 20));
+    assert_eq!(deaths(&store).await, 300);
+    // Nor is a worker silent that was heard of a moment ago.
+    assert_eq!(store.adopt(Left::Silent(Duration::from_secs(20))).await.expect("answers"), []);
 }
 
 #[tokio::test]
