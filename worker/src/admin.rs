@@ -110,7 +110,11 @@ pub async fn serve(address: SocketAddr, vitals: Vitals, metrics: Option<Promethe
 /// The reasons say no; a note is something that a person should know of a worker that works.
 fn answer(reasons: Vec<String>, note: Option<String>) -> impl IntoResponse {
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body = serde_json::json!({"ok": reasons.is_empty(), "reasons": reasons, "note": note}).to_string();
+    let mut body = serde_json::json!({"ok": reasons.is_empty(), "reasons": reasons});
+    if let Some(note) = note {
+        body["note"] = note.into();
+    }
+    let body = body.to_string();
     (status, [(header::CONTENT_TYPE, "application/json")], body)
 }
 

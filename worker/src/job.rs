@@ -419,6 +419,11 @@ impl Job {
         self.place() != Place::Elsewhere || self.key.is_some() && waits
     }
 
+    /// Whether it waits in place.
+    pub(crate) fn waits(&self) -> bool {
+        matches!(self.state, State::Holding { .. } | State::Unroutable | State::Accused { .. })
+    }
+
     /// How long it has been here.
     pub(crate) fn age(&self) -> Duration {
         self.since.elapsed()

@@ -36,9 +36,7 @@ impl Pipeline {
 
     /// Ends waits in place.
     pub(super) fn leave_holds(&mut self, which: impl Fn(&Job) -> bool, fact: Fact) {
-        let holding =
-            |job: &Job| matches!(job.state, State::Holding { .. } | State::Unroutable | State::Accused { .. });
-        let held: Vec<Id> = self.jobs.iter().filter(|(_, j)| holding(j) && which(j)).map(|(id, _)| *id).collect();
+        let held: Vec<Id> = self.jobs.iter().filter(|(_, j)| j.waits() && which(j)).map(|(id, _)| *id).collect();
         for id in held {
             if let Some(abort) = self.jobs.get_mut(&id).and_then(|job| job.abort.take()) {
                 abort.abort();

@@ -3,7 +3,7 @@ use super::stations::Station;
 use super::{Id, News, Pipeline, chance};
 use crate::fault;
 use crate::handler::{self, Call, Context};
-use crate::job::Mark;
+use crate::job::{Job, Mark};
 use crate::store::Kept;
 use crate::trace::{self, Span};
 use futures_util::FutureExt;
@@ -227,9 +227,9 @@ impl Pipeline {
         job.abort = Some(task.abort_handle());
     }
 
-    /// The wait in place is over, unless a drain ended it just before.
+    /// A wait in place is over, unless a drain ended it just before.
     pub(super) fn waited(&mut self, id: Id) {
-        if self.jobs.get(&id).is_some_and(|job| matches!(job.state, State::Holding { .. })) {
+        if self.jobs.get(&id).is_some_and(Job::waits) {
             self.fact(id, Fact::Waited);
         }
     }
