@@ -47,6 +47,13 @@ impl Seal {
         Self(Some(Arc::new(Keys { sealing: keys.sealing.clone(), all, chance: SystemRandom::new() })))
     }
 
+    /// The limits of events where what this publishes is sealed: the seal must fit into a body, too.
+    #[must_use]
+    pub fn within(&self, limits: Limits) -> Limits {
+        let seals = self.0.as_ref().is_some_and(|keys| keys.sealing.is_some());
+        Limits { body: limits.body.saturating_sub(if seals { MORE } else { 0 }), ..limits }
+    }
+
     /// A message as it leaves: the data of an event sealed with the first key, or, where nothing is sealed and it came so,
     /// with the key that it came with. What is sealed already, and what is no event, leaves as it is.
     pub(crate) fn close(&self, message: &Arc<Message>) -> Result<Arc<Message>, Unwritable> {
@@ -190,6 +197,16 @@ mod tests {
                 prop_assert!(refused, "{} bytes are enough", size);
             }
         }
+    }
+
+    #[test]
+    fn a_sealed_body_fits_where_the_data_is_within_the_limits() {
+        let (limits, keys) = (Limits { body: 100, ..Limits::default() }, [("a", 1)]);
+        let (plain, sealing) = (seal(None, &keys), seal(Some("a"), &keys));
+        assert_eq!((plain.within(limits).body, sealing.within(limits).body), (100, 72));
+        let data = vec![b'x'; 72];
+        let sealed = sealing.close(&message("1", "/s", "t", "k", &data)).expect("sealed");
+        assert_eq!(sealed.body.len(), 100);
     }
 
     #[test]

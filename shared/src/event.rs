@@ -272,8 +272,11 @@ impl Event {
     /// The same event with JSON data.
     ///
     /// # Errors
-    /// Says where the text is not JSON.
+    /// Says where the text is not JSON, or that it is larger than a body may be: nobody could publish it.
     pub fn with_json(mut self, json: &[u8], limits: Limits) -> Result<Self, Unreadable> {
+        if json.len() > limits.body {
+            return Err(Unreadable::TooLarge { size: json.len(), limit: limits.body });
+        }
         let data = Data::Json(json::check(json, limits.depth)?);
         let attributes = self.edit();
         attributes.data = Some(data);

@@ -291,9 +291,6 @@ impl Topology {
         let foreign = self.subscriptions.iter().filter(|subscription| subscription.exchange != BUS);
         all.extend(foreign.map(|subscription| Declaration::Foreign { name: subscription.exchange.clone() }));
         // Last: events flow in only when all that catches them is there.
-        let foreign =
-            self.subscriptions.iter().map(|subscription| &subscription.exchange).filter(|exchange| *exchange != BUS);
-        all.extend(foreign.map(|exchange| Declaration::Foreign { name: exchange.clone() }));
         all.extend(self.inflow());
         all
     }

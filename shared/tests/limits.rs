@@ -29,6 +29,14 @@ fn a_body_may_be_as_large_as_the_limit_and_no_larger() {
 }
 
 #[test]
+fn data_that_is_made_here_may_be_as_large_as_a_body_and_no_larger() {
+    let limits = Limits { body: 10, ..Limits::default() };
+    let with = |json: &str| Event::new("1", "/s", "t").and_then(|event| event.with_json(json.as_bytes(), limits));
+    assert!(with("\"12345678\"").is_ok());
+    assert_eq!(with("\"123456789\"").unwrap_err(), Unreadable::TooLarge { size: 11, limit: 10 });
+}
+
+#[test]
 fn json_may_be_as_deep_as_the_limit_and_no_deeper() {
     for levels in [65, 100_000] {
         let error = read(&typed("application/json", nested(levels).into())).unwrap_err();

@@ -136,3 +136,35 @@ async fn what_is_too_large_for_its_own_broker_leaves_a_letter_and_stops_nobody()
     ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
     Ok(())
 }
+
+#[tokio::test]
+async fn what_would_be_larger_than_a_body_may_be_fails_where_it_is_made() -> anyhow::Result<()> {
+    let mut lab = Lab::new("outbox-sizes")?;
+    lab.set("WARREN_BODY_LIMIT", "2000");
+    let routes = "processes: [{name: flow, on: flow.placed, steps: {one: {do: made.step, with: '{twice: [.input, .input]}', final: true}}}]
+routes: [{on: grow, transform: '{twice: [., .]}', emit: made.up},
+  {on: part, gather: {emit: made.whole, group: '\"g\"', count: '2'}}]";
+    lab.set("WARREN_ROUTES", routes);
+    lab.declare().await?;
+    let ended = Sink::listen(&lab.url(), "ended", BUS, "flow.*").await?;
+    let made = Sink::listen(&lab.url(), "made", BUS, "made.#").await?;
+    let large = |id: &str, kind: &str| event(id, kind, "k", json!({"fill": "x".repeat(1200)}));
+    let small = event("small", "grow", "k", json!({"fill": "x"}));
+    lab.send(&[large("grows", "grow"), large("a", "part"), large("b", "part"), large("f", "flow.placed"), small])
+        .await?;
+    let mut worker = lab.worker()?;
+    until("the process ends", PATIENCE, || ended.distinct().iter().any(|end| end.kind() == "flow.compensated")).await?;
+    let mut letters: Vec<(String, String)> = Vec::new();
+    for letter in lab.dead_letters(2, PATIENCE).await? {
+        let error = letter.header("warren-dead-error");
+        ensure!(letter.reason() == "permanent" && error.contains("2000"), "{letter:?}");
+        letters.push((letter.id.clone(), error.split(':').next().unwrap_or_default().to_owned()));
+    }
+    letters.sort();
+    let wanted = [("b", "gather"), ("grows", "transform")].map(|(id, what)| (id.to_owned(), what.to_owned()));
+    ensure!(letters == wanted, "{letters:?}");
+    until("what fits goes out", PATIENCE, || made.distinct().len() == 1).await?;
+    ensure!(made.distinct()[0].kind() == "made.up", "{:?}", made.distinct());
+    ensure!(worker.terminate(PATIENCE).await?.success(), "{}", worker.log());
+    Ok(())
+}

@@ -249,6 +249,7 @@ impl Worker {
             started = start => started?,
         };
         let seal = Seal::new(&settings.payload_keys);
+        let limits = seal.within(settings.limits);
         let options = Options { timeout: settings.publish_timeout, seal: seal.clone(), ..Options::default() };
         let publisher = Publisher::start(broker.clone(), link, options);
         let memory = settings.memory.unwrap_or_else(memory::share);
@@ -258,7 +259,7 @@ impl Worker {
             settings.declare,
             settings.prefetch,
             Budget::new(memory),
-            settings.limits,
+            limits,
             seal,
         );
         let outbox = Outbox::start(outbox::Parts {
@@ -268,7 +269,7 @@ impl Worker {
             pool: settings.pool.clone(),
             dead: topology.dead(),
             worker: name.clone(),
-            limits: settings.limits,
+            limits,
         });
 
         let pulse = Arc::new(Pulse::default());
@@ -340,18 +341,13 @@ impl Worker {
             routes: routes.clone(),
             handlers: handlers.clone(),
             law: config::law(&settings),
-            house: House {
-                topology: topology.clone(),
-                worker: name.clone(),
-                limits: settings.limits,
-                hop_limit: settings.hop_limit,
-            },
+            house: House { topology: topology.clone(), worker: name.clone(), limits, hop_limit: settings.hop_limit },
             context: Context {
                 attempt: 1,
                 timeout: config::TIMEOUT,
                 partition: "".into(),
                 pool: settings.pool.as_str().into(),
-                limits: settings.limits,
+                limits,
                 ..Context::default()
             },
             concurrency: settings.concurrency,
