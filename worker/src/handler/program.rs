@@ -237,12 +237,13 @@ mod tests {
     #[test]
     fn every_variable_of_ours_is_withheld_and_nothing_else() {
         use warren_shared::env::VARIABLES;
-        // The log's level is everybody's.
-        let ours = VARIABLES.iter().map(|variable| variable.name).filter(|name| *name != "RUST_LOG");
+        // The log's level and the trusted certificates are everybody's.
+        let everybodys = ["RUST_LOG", "SSL_CERT_FILE"];
+        let ours = VARIABLES.iter().map(|variable| variable.name).filter(|name| !everybodys.contains(name));
         for name in ours.chain(["AMQP_PASSWORD_FILE", "OTEL_EXPORTER_OTLP_HEADERS"]) {
             assert!(is_ours(name), "{name}");
         }
-        assert!(["PATH", "HOME", "LANG", "RUST_LOG", "ORDER_DIR"].iter().all(|name| !is_ours(name)));
+        assert!(["PATH", "HOME", "LANG", "ORDER_DIR"].iter().chain(&everybodys).all(|name| !is_ours(name)));
     }
 
     #[test]

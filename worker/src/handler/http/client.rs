@@ -99,7 +99,7 @@ impl Client {
             return Broken::Here(trouble);
         }
         match error.is_connect() {
-            true if again => Broken::There(why(error, "cannot connect again")),
+            true if again => Broken::There(why(error, "cannot connect")),
             true => Broken::Away(why(error, "cannot connect")),
             false => Broken::There(why(error, BROKE)),
         }

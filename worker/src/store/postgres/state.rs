@@ -130,8 +130,8 @@ pub(super) fn load(s: &str) -> String {
 
 pub(super) fn keep(s: &str, now: &str) -> String {
     format!(
-        "INSERT INTO {s}.states VALUES ($1, 1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7, {now})
-         ON CONFLICT (id) DO NOTHING"
+        "INSERT INTO {s}.states (id, version, kind, name, status, key, ended, begun, changed, body, at)
+         VALUES ($1, 1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7, {now}) ON CONFLICT (id) DO NOTHING"
     )
 }
 
