@@ -4,6 +4,7 @@ mod basics;
 mod broker_faults;
 mod certificates;
 mod clocks;
+mod ci;
 mod cluster;
 mod crashes;
 mod dead_letters;

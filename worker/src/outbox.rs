@@ -73,6 +73,14 @@ struct Held {
     why: String,
 }
 
+impl Held {
+    /// One key more, with so many rows.
+    fn add(&mut self, rows: usize) {
+        self.keys += 1;
+        self.rows += rows;
+    }
+}
+
 #[derive(Debug)]
 enum Order {
     Publish(Vec<Row>),
@@ -329,11 +337,15 @@ impl Relay {
             && let Some(key) = self.ready.pop_front()
         {
             // One that was left to the next owner, and has come back since, may stand here twice.
-            let Some(Key { rows, flying, .. }) = self.keys.get_mut(&key).filter(|key| !key.flying) else { continue };
+            let Some(Key { rows, flying, pause }) = self.keys.get_mut(&key).filter(|key| !key.flying) else { continue };
             let Some(row) = rows.front() else { continue };
             if let Some(closed) = self.closed.get_mut(&row.message.exchange) {
                 if closed.asked || closed.until > now {
                     self.held.insert((closed.until.max(now + PAUSES[0]), key));
+                    if pause.is_none() {
+                        *pause = Some(PAUSES[0]);
+                        lock(&self.shared.held).add(rows.len());
+                    }
                     continue;
                 }
                 closed.asked = true;
@@ -409,8 +421,7 @@ impl Relay {
         let again = pause.map_or(PAUSES[0], |pause| (pause * 2).min(PAUSES[1]));
         let mut held = lock(&self.shared.held);
         if pause.replace(again).is_none() {
-            held.keys += 1;
-            held.rows += rows.len();
+            held.add(rows.len());
         }
         self.held.insert((Instant::now() + again, key));
         if let Some(row) = rows.front() {
