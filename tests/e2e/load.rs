@@ -196,7 +196,7 @@ async fn large_bodies_are_held_within_the_memory_that_there_is() -> anyhow::Resu
     let mut lab = lab("load-large", &more).await?;
     // The broker's bytes wait for longer than a connection may be silent.
     lab.set("AMQP_URL", &format!("{}?heartbeat=2", lab.url()));
-    let count = length(300, 1500);
+    let count = length(450, 1500);
     let mut ids = Vec::new();
     for from in (0..count).step_by(50) {
         let large = |n: usize| {
@@ -204,7 +204,7 @@ async fn large_bodies_are_held_within_the_memory_that_there_is() -> anyhow::Resu
                 &format!("e{n}"),
                 "order.placed",
                 &format!("k{n}"),
-                json!({"sleep": 0.4, "fill": "x".repeat(1 << 20)}),
+                json!({"sleep": 0.3, "fill": "x".repeat(1 << 20)}),
             )
         };
         ids.extend(lab.send(&(from..from + 50).map(large).collect::<Vec<_>>()).await?);
@@ -217,8 +217,9 @@ async fn large_bodies_are_held_within_the_memory_that_there_is() -> anyhow::Resu
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
     let peak = peak.trim().trim_end_matches(" kB").parse::<u64>()? * 1024;
     println!("{count} bodies of 1 MiB, {} of them prefetched: at most {} MiB were in use", 8 * 200, peak / MIB);
-    // Less than all bodies, of each of which there is a copy while it runs, and the program itself.
-    ensure!(peak < 240 * MIB, "{} MiB", peak / MIB);
+    // Less than all bodies. Beside what is held there are copies of what runs, what the AMQP library has read and nobody took yet, and
+    // the program itself: 186 to 256 MiB were seen.
+    ensure!(peak < 360 * MIB, "{} MiB", peak / MIB);
     let log = fleet.workers[&name].log();
     ensure!(!log.contains("subscribing again") && !log.contains("connection lost"), "{log}");
     let ledger = lab.tally(&ids, PATIENCE).await?;

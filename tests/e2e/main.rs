@@ -3,8 +3,8 @@
 mod basics;
 mod broker_faults;
 mod certificates;
-mod clocks;
 mod ci;
+mod clocks;
 mod cluster;
 mod crashes;
 mod dead_letters;

@@ -96,7 +96,9 @@ async fn everything_arrives_though_its_own_broker_is_killed() -> anyhow::Result<
     let sink = outbox.sink().await?;
     let _relays = [outbox.relay("r0", &[])?, outbox.relay("r1", &[])?];
     let writers = Writers::start(outbox.postgres.url(), 2, Duration::from_millis(4));
-    until("it publishes", PATIENCE, || sink.heard().len() > 300).await?;
+    // Some seconds: a quorum queue of 3.10 that is a second old when its only node is killed has no leader ever after (seen in three
+    // of four runs: "leader call - leader not known", and nothing is confirmed).
+    until("it publishes", PATIENCE, || sink.heard().len() > 3000).await?;
     outbox.lab.rabbit.kill()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
     outbox.lab.rabbit.start()?;
