@@ -24,8 +24,7 @@ use warren_publisher::{Publisher, Refused};
 use warren_shared::dead::{self, Cause, Scene, UNSENDABLE};
 use warren_shared::process::wire::Failed;
 use warren_shared::topology::BUS;
-use warren_shared::wire::HOPS;
-use warren_shared::{Limits, Message};
+use warren_shared::{Incoming, Limits, Message};
 
 /// Rows under way at most.
 const WAVE: usize = 512;
@@ -215,7 +214,8 @@ struct Wave {
     outcomes: Outcomes,
 }
 
-type News = (Wave, Option<Vec<(usize, Outcome)>>);
+/// A wave, and what of it is known now.
+type Completion = (Wave, Option<Vec<(usize, Outcome)>>);
 
 struct Forgetting {
     partitions: Vec<Arc<str>>,
@@ -234,7 +234,7 @@ struct Relay {
     closed: HashMap<String, Closed>,
     /// Rows at the publisher.
     flying: usize,
-    under_way: FuturesUnordered<BoxFuture<'static, News>>,
+    under_way: FuturesUnordered<BoxFuture<'static, Completion>>,
     /// Confirmed rows that the store is not told of yet, and those that it is being told of.
     sent: Vec<Row>,
     forgetting: Option<Forgetting>,
@@ -453,12 +453,7 @@ impl Relay {
     fn close(&mut self, exchange: String) {
         let pause = self.closed.get(&exchange).map_or(PAUSES[0], |closed| (closed.pause * 2).min(PAUSES[1]));
         self.closed.insert(exchange, Closed { pause, until: Instant::now() + pause, asked: false });
-        let subscriptions = self.parts.subscriptions.clone();
-        tokio::spawn(async move {
-            if let Err(error) = subscriptions.repair().await {
-                tracing::error!(%error, "the topology cannot be declared again");
-            }
-        });
+        self.parts.subscriptions.repair_soon();
     }
 
     /// Nobody subscribes to an event: where it asks for a step of a process, the process is told instead.
@@ -525,11 +520,10 @@ impl Relay {
 
     /// The answer to a process whose question goes nowhere; none where it is no question.
     fn failed(&self, message: &Message, reason: &str, error: String) -> Option<Message> {
-        let event = message.read(self.parts.limits, String::new).ok()?.event;
+        let Incoming { event, hops, .. } = message.read(self.parts.limits, String::new).ok()?;
         let failed = Failed::before(reason, error);
         let answer = answer(&event, Err(&failed), &self.parts.pool, self.parts.limits)?;
         tracing::warn!(id = event.id(), r#type = event.kind(), "a step of a process fails: {}", failed.error);
-        let hops = message.number(HOPS).and_then(|hops| u32::try_from(hops).ok()).unwrap_or(0);
         Some(outgoing(&answer).after_hops(hops + 1))
     }
 
@@ -616,7 +610,7 @@ impl Relay {
     }
 }
 
-async fn next(mut wave: Wave) -> News {
+async fn next(mut wave: Wave) -> Completion {
     let news = wave.outcomes.next().await;
     (wave, news)
 }

@@ -150,15 +150,16 @@ type Reply = mpsc::UnboundedSender<Vec<(usize, Outcome)>>;
 #[must_use]
 pub struct Outcomes {
     news: mpsc::UnboundedReceiver<Vec<(usize, Outcome)>>,
-    /// Which messages have their outcome.
+    /// Which messages have their outcome, and how many have not.
     told: Vec<bool>,
+    open: usize,
 }
 
 impl Outcomes {
     /// Those that are known by now, each with its message's place in the batch; none once all were told. One that the broker does
     /// not answer keeps no other back.
     pub async fn next(&mut self) -> Option<Vec<(usize, Outcome)>> {
-        if self.told.iter().all(|told| *told) {
+        if self.open == 0 {
             return None;
         }
         let untold = || {
@@ -171,6 +172,7 @@ impl Outcomes {
             None => untold(),
         };
         news.iter().for_each(|(place, _)| self.told[*place] = true);
+        self.open -= news.len();
         Some(news)
     }
 }
@@ -226,7 +228,7 @@ impl Publisher {
     /// Hands messages over, waiting while the window is full; the outcomes follow.
     pub async fn submit(&self, messages: Vec<Message>) -> Outcomes {
         let (reply, news) = mpsc::unbounded_channel();
-        let outcomes = Outcomes { news, told: vec![false; messages.len()] };
+        let outcomes = Outcomes { news, told: vec![false; messages.len()], open: messages.len() };
         // A closed inbox drops `reply`, and the outcomes are unknown.
         let _ = self.batches.send(Batch { messages, reply }).await;
         outcomes

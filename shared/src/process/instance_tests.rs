@@ -5,16 +5,20 @@ use crate::pattern::Pattern;
 use crate::retry::Policy;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-/// a, then b and c side by side; d after b, and e when both ways are gone. b may be skipped, c is asked for twice at most and so
-/// is its undo, e is optional and stays as it is.
-fn definition() -> Definition {
-    let draft = |name: &str, after: &[&str]| Draft {
+/// A step that may be undone, after these.
+fn draft(name: &str, after: &[&str]) -> Draft {
+    Draft {
         name: name.into(),
         action: format!("{name}.do"),
         undo: Some(format!("{name}.undo")),
         after: after.iter().map(|name| (*name).to_owned()).collect(),
         ..Draft::default()
-    };
+    }
+}
+
+/// a, then b and c side by side; d after b, and e when both ways are gone. b may be skipped, c is asked for twice at most and so
+/// is its undo, e is optional and stays as it is.
+fn definition() -> Definition {
     let retry = Some(Policy { attempts: 2, ..Policy::default() });
     let drafts = vec![
         draft("a", &[]),
@@ -28,13 +32,6 @@ fn definition() -> Definition {
 
 /// a, then an optional o, which is asked for twice at most, then z; a and o may be undone.
 fn optional() -> Definition {
-    let draft = |name: &str, after: &[&str]| Draft {
-        name: name.into(),
-        action: format!("{name}.do"),
-        undo: Some(format!("{name}.undo")),
-        after: after.iter().map(|name| (*name).to_owned()).collect(),
-        ..Draft::default()
-    };
     let retry = Some(Policy { attempts: 2, ..Policy::default() });
     let drafts = vec![
         draft("a", &[]),

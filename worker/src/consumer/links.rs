@@ -180,6 +180,16 @@ impl Subscriptions {
         declare::apply(&link, &self.declarations).await
     }
 
+    /// The same for who cannot wait for it; says why where it cannot be done.
+    pub(crate) fn repair_soon(self: &Arc<Self>) {
+        let subscriptions = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = subscriptions.repair().await {
+                tracing::error!(%error, "the topology cannot be declared again");
+            }
+        });
+    }
+
     /// Makes the bindings again that somebody may have taken away, from time to time and for as long as the worker runs: AMQP
     /// cannot be asked whether they are there, and making them twice is harmless.
     pub async fn keep_bound(&self) {

@@ -127,8 +127,8 @@ impl Pipeline {
         let failed = |failure| Fact::Failed { failure, chance: chance() };
         let fact = match outcome {
             handler::Outcome::Done(reply) => {
-                self.replies = self.replies - job.weight + reply.weight();
-                job.weight = reply.weight();
+                let before = std::mem::replace(&mut job.weight, reply.weight());
+                self.replies = self.replies - before + job.weight;
                 job.reply = reply;
                 Fact::Succeeded
             }

@@ -1,6 +1,7 @@
 //! Where work for the store and the broker gathers, and what their answers mean.
 //!
-//! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause.
+//! A station has one batch under way; what comes meanwhile makes the next. A batch that fails is repeated after a pause. Copies for
+//! the broker are settled one by one, so several batches of them may be under way.
 use super::{COPIES, Id, News, Pipeline, QUIET};
 use crate::consumer::Proof;
 use crate::dead::Letter;
@@ -302,12 +303,7 @@ impl Pipeline {
         self.said = Some(Instant::now());
         tracing::error!(%refused, "retries or dead letters are refused, trying again");
         // Somebody may have deleted the queue under us.
-        let subscriptions = self.parts.subscriptions.clone();
-        tokio::spawn(async move {
-            if let Err(error) = subscriptions.repair().await {
-                tracing::error!(%error, "the topology cannot be declared again");
-            }
-        });
+        self.parts.subscriptions.repair_soon();
     }
 
     pub(super) fn answered<T>(
