@@ -455,7 +455,7 @@ impl Desk {
                     None => self.closed = true,
                 },
                 () = tokio::time::sleep_until(deadline), if !wire.flying.is_empty() => {
-                    if wire.heard.elapsed() < self.options.timeout {
+                    if wire.answers_others() {
                         break End::Partly;
                     }
                     break End::mute(link, format!("no confirm for {:?}", self.options.timeout));

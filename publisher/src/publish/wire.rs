@@ -59,7 +59,7 @@ pub(super) struct Wire {
     /// Those of them that the broker has answered.
     answered: Vec<u64>,
     /// When it answered last.
-    pub(super) heard: Instant,
+    heard: Instant,
     /// The number of the next message.
     next: u64,
     pub(super) failure: Option<Error>,
@@ -215,6 +215,11 @@ impl Wire {
         let now = Instant::now();
         let oldest = self.flying.first_key_value().map_or(now, |(_, flight)| flight.since);
         if self.is_blocked() { now + Duration::from_secs(3600) } else { oldest + timeout }
+    }
+
+    /// Whether the broker confirmed anything since the oldest message in flight was published.
+    pub(super) fn answers_others(&self) -> bool {
+        self.flying.first_key_value().is_some_and(|(_, oldest)| self.heard > oldest.since)
     }
 
     /// Starts the wait anew for what is in flight: the broker did not look at it while it blocked.
